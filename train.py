@@ -1,0 +1,372 @@
+"""Train Leviathan or one of its dense twins: one straight script for a CPU, one GPU or many.
+
+    python train.py                                                           # on this Python's standard library
+    python train.py --model dense --out out/twin --seed 0                     # its twin: same blocks, same data, same order
+    torchrun --nproc_per_node=8 train.py --preset 60m --data data/pile        # 8 GPUs
+    python train.py --resume                                                  # go on where a stopped run was
+
+A step is `tokens_per_step` tokens whatever the number of GPUs and the size of a micro-batch: the windows of step n are
+positions n * W ... (n + 1) * W - 1 of a seeded stream, dealt out to the ranks. So the step's number is all that has to be
+remembered of the data, and any layout computes the same step. All hyperparameters here are [O] but for AdamW, clipping and
+the cosine [P].
+"""
+import argparse
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from leviathan import (MODELS, PRESETS, Config, InputError, LanguageModel, isoparametric_depth, load_tensors, newest_checkpoint,
+                       read_json)
+from prepare_pile import Windows, prepare_stdlib, read_meta, tokenizer_from_json
+from sample import stream_text
+
+DEFAULT_DATA = "data/stdlib"
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}   # dense bf16
+MAY_CHANGE = {"data", "out", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "save_every", "keep"}
+
+
+@dataclass
+class Training:
+    """Everything but the model. None means: from the preset (steps, tokens, rate) or to fit the machine."""
+    preset: str = "nano"                # nano, micro, 60m, 270m, 410m or 1.2b; without the flag nano on a CPU, else micro
+    isoparametric: bool = False         # deepen Leviathan to the size of its untied dense twin
+    data: str = DEFAULT_DATA            # a folder that prepare_pile.py has written; the default is made when missing
+    out: str | None = None              # folder of the run; None: out/<model>-<preset>
+    seed: int = 0                       # of the initial weights and of the order of the data
+    steps: int | None = None            # optimizer steps, and the length of the cosine
+    tokens_per_step: int | None = None  # over all ranks and micro-batches; a multiple of seq_len
+    learning_rate: float | None = None  # at the end of the warm-up
+    warmup_steps: int | None = None     # None: a tenth of the steps, at most 1,000
+    final_rate: float = 0.1             # share of the learning rate that the cosine ends at
+    weight_decay: float = 0.1           # of matrices; norms, codebooks and splines have none
+    beta1: float = 0.9                  # AdamW's momentum
+    beta2: float = 0.95                 # AdamW's second moment
+    clip: float = 1.0                   # largest norm of the gradient
+    micro_batch: int | None = None      # windows that one device takes at once; the flag to lower when memory runs out
+    eval_every: int | None = None       # steps between evaluations; None: a tenth of the run
+    eval_tokens: int = 65_536           # of validation, evenly spaced and always the same
+    save_every: int | None = None       # steps between checkpoints; None: a tenth of the run
+    keep: int = 2                       # newest checkpoints to keep
+    device: str | None = None           # cpu, cuda or mps; None: the best there is
+    dtype: str | None = None            # float32 or bfloat16 (autocast); None: bfloat16 on CUDA where supported
+    compile: bool | None = None         # torch.compile the blocks; None: on CUDA
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise InputError(f"unknown preset {self.preset!r}: choose from {', '.join(PRESETS)}")
+        for name in ("steps", "tokens_per_step", "learning_rate"):
+            setattr(self, name, PRESETS[self.preset][name] if getattr(self, name) is None else getattr(self, name))
+        self.warmup_steps = min(1_000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+        self.eval_every = self.eval_every or max(1, self.steps // 10)
+        self.save_every = self.save_every or max(1, self.steps // 10)
+        for name in ("steps", "tokens_per_step", "learning_rate", "clip", "micro_batch", "eval_every", "eval_tokens",
+                     "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+
+
+def parse_arguments() -> dict:
+    """The flags that were given: one for each field of Config and Training, with the comment beside it as its help."""
+    parser = argparse.ArgumentParser(description="Train Leviathan or one of its dense twins.", allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
+    for cls, title in ((Config, "model (defaults: the preset's)"), (Training, "training")):
+        group = parser.add_argument_group(title)
+        comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), flags=re.MULTILINE))
+        for field in fields(cls):
+            kind = next(t for t in get_args(field.type) or (field.type,) if t is not NoneType)
+            default = "" if field.default is None or field.name in PRESETS["nano"] else f" [{field.default}]"
+            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
+            group.add_argument(f"--{field.name.replace('_', '-')}", help=(comments[field.name] + default).replace("%", "%%"), **how)
+    return vars(parser.parse_args())
+
+
+def choose_device(wanted: str | None, local_rank: int) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    wanted = wanted or next(name for name, there in available.items() if there)
+    if not available.get(wanted):
+        raise InputError(f"--device {wanted}: there is none here; choose from {', '.join(n for n, ok in available.items() if ok)}")
+    return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
+
+
+def activation_bytes(config: Config, bytes_per_value: int) -> int:
+    """What backward needs of one token, roughly: 26 D values in each block [O, counted from the block's operations]."""
+    return 26 * config.d_model * config.n_layers * bytes_per_value
+
+
+def learning_rate(step: int, t: Training) -> float:
+    """Linear warm-up, then a cosine from learning_rate to final_rate of it; step counts from 0."""
+    if step < t.warmup_steps:
+        return t.learning_rate * (step + 1) / t.warmup_steps
+    progress = (step - t.warmup_steps) / max(1, t.steps - t.warmup_steps)
+    return t.learning_rate * (t.final_rate + (1 - t.final_rate) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def save_checkpoint(out: Path, step: int, model, optimizer, description: dict, tokenizer: dict, keep: int) -> Path:
+    """Write `out/step-…` aside, rename it when whole, then delete all but the newest `keep`."""
+    folder = out / f"step-{step:08d}"
+    partial = out / f"{folder.name}.partial"
+    need = 3 * sum(p.numel() * p.element_size() for p in model.parameters())       # weights and AdamW's two moments
+    try:
+        if shutil.disk_usage(out).free < need:
+            raise OSError("no room on the disk")
+        partial.mkdir()
+        (partial / "config.json").write_text(json.dumps(dict(step=step, **description), indent=1), encoding="utf-8")
+        (partial / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+        torch.save(model.state_dict(), partial / "model.pt")
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        os.replace(partial, folder)
+    except (OSError, RuntimeError) as error:        # torch.save raises RuntimeError on a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"cannot save step {step} in {out} ({str(error).splitlines()[0]}), which takes {need / 1e6:,.0f} MB: "
+                         "free some space and go on with --resume") from error
+    for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def plot_curves(out: Path, unigram: float, title: str):
+    """OUT/curves.png from OUT/log.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    evaluated = [line for line in log if "val_loss" in line]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot([line["tokens"] for line in log], [line["loss"] for line in log], lw=0.8, alpha=0.6, label="training, one step")
+    axes.plot([line["tokens"] for line in evaluated], [line["val_loss"] for line in evaluated], "o-", ms=4,
+              label=f"validation ({evaluated[-1]['val_loss']:.3f} at the end)")
+    axes.axhline(unigram, ls="--", lw=1, color="gray", label=f"a unigram model ({unigram:.3f})")
+    axes.set(xlabel="training tokens", ylabel="loss, nats per token", title=title)
+    axes.legend()
+    figure.savefig(out / "curves.png", dpi=150)
+    plt.close(figure)
+
+
+def main():
+    # ---- what to run: the flags, or a checkpoint's settings ----------------------------------------------------------
+    given = parse_arguments()
+    resume = given.pop("resume", False)
+    rank, local_rank, world = (int(os.environ.get(name, default))
+                               for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    say = print if rank == 0 else lambda *_: None
+    device = choose_device(given.get("device"), local_rank)
+    settings = {"preset": "nano" if device.type == "cpu" else "micro"} | given
+    out = Path(given.get("out") or f"out/{given.get('model', 'leviathan')}-{settings['preset']}")
+    checkpoint = None
+    if resume and not out.is_dir():
+        raise InputError(f"nothing to resume: there is no {out}; name the run's folder with --out")
+    if resume and any(out.glob("step-*[0-9]")):
+        checkpoint = newest_checkpoint(out)
+        saved = read_json(checkpoint / "config.json")
+        settings = saved["config"] | saved["training"]
+        for name in given.keys() - MAY_CHANGE:
+            if given[name] != settings[name]:
+                raise InputError(f"--{name.replace('_', '-')} is {given[name]}, but the run in {out} has {settings[name]}: model, "
+                                 "data and schedule cannot change on --resume; start another run with --out")
+        settings |= given
+    t = Training(**{field.name: settings[field.name] for field in fields(Training) if field.name in settings})
+    if rank == 0 and not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty: go on with --resume, or name another folder with --out")
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if rank == 0 and t.data == DEFAULT_DATA and not Path(t.data).exists():
+        prepare_stdlib(Path(t.data))
+    if world > 1:
+        dist.barrier()
+    meta = read_meta(Path(t.data))
+    tokenizer = tokenizer_from_json(meta["tokenizer"])
+    if settings.setdefault("vocab_size", tokenizer.n_vocab) != tokenizer.n_vocab:
+        raise InputError(f"vocab_size is {settings['vocab_size']:,}, but the tokenizer of {t.data} has {tokenizer.n_vocab:,} ids: "
+                         "leave --vocab-size out, or prepare the data with another tokenizer")
+    identity = dict(tokenizer=meta["tokenizer"]["fingerprint"], train=meta["train"]["tokens"], val=meta["val"]["tokens"])
+    if checkpoint and saved["data"] != identity:
+        raise InputError(f"{t.data} is not the data that the run in {out} was trained on: name that with --data")
+
+    # ---- model -------------------------------------------------------------------------------------------------------
+    config = Config.from_preset(t.preset, **{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
+    if t.isoparametric and config.model != "leviathan":
+        raise InputError("--isoparametric deepens Leviathan; its twin for comparison is --model dense-untied without it")
+    if t.isoparametric and not checkpoint:
+        config = replace(config, n_layers=isoparametric_depth(config))
+    train_windows, val_windows = (Windows(t.data, split, config.seq_len) for split in ("train", "val"))
+    model = (LanguageModel.from_checkpoint(checkpoint) if checkpoint else LanguageModel(config, seed=t.seed)).to(device)
+    optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay), lr=t.learning_rate, betas=(t.beta1, t.beta2),
+                                  fused=device.type != "mps")
+    first_step = 0
+    if checkpoint:
+        optimizer.load_state_dict(load_tensors(checkpoint / "optimizer.pt", device))
+        first_step = saved["step"]
+
+    # ---- layout: windows of a step -> ranks -> micro-batches ---------------------------------------------------------
+    windows_per_step = t.tokens_per_step // config.seq_len
+    if t.tokens_per_step % config.seq_len or windows_per_step < world:
+        raise InputError(f"--tokens-per-step {t.tokens_per_step} is not a multiple of --seq-len {config.seq_len} that gives each of "
+                         f"{world} ranks a window")
+    dtype = t.dtype or ("bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {dtype}: choose float32 or bfloat16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    per_window = activation_bytes(config, 2 if dtype == "bfloat16" else 4) * config.seq_len
+    room = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 2**31
+    per_rank = -(-windows_per_step // world)
+    micro_batch = min(per_rank, t.micro_batch or max(1, room // per_window))
+    compiled = t.compile if t.compile is not None else device.type == "cuda"
+    if compiled:        # block by block and in place: one compilation serves all layers, and no name gains a prefix
+        for layer in model.layers:
+            layer.compile()
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
+    peak = next((peak for name, peak in PEAK_FLOPS.items()
+                 if device.type == "cuda" and dtype == "bfloat16" and name in torch.cuda.get_device_name(device)), None)
+
+    # ---- what was chosen and why -------------------------------------------------------------------------------------
+    millions = {part: n / 1e6 for part, n in model.parameters_by_part().items()}
+    logits = config.vocab_size * config.d_model * 4
+    expected = 16e6 * sum(millions.values()) + logits + micro_batch * per_window + 2**28
+    say(f"model    {config.model}{f' ({config.generator}, mode width {config.mode_width})' * (config.model == 'leviathan')}, "
+        f"{t.preset}: {config.n_layers} layers of width {config.d_model}; "
+        f"{' + '.join(f'{part} {n:.2f}' for part, n in millions.items())} = {sum(millions.values()):.2f} M parameters")
+    say(f"data     {t.data}: {identity['train']:,} training tokens, {tokenizer.name} with {tokenizer.n_vocab:,} ids; "
+        f"a unigram model's validation loss is {meta['unigram_val_loss']:.3f}")
+    say(f"steps    {t.steps:,} of {t.tokens_per_step:,} tokens = {windows_per_step} windows of {config.seq_len}, on {world} "
+        f"rank{'s' * (world > 1)} in micro-batches of {micro_batch}: "
+        f"{t.steps * windows_per_step / len(train_windows):.2f} epochs")
+    say(f"device   {device.type} of {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()}, "
+        f"torch {torch.__version__}; {dtype}{'' if dtype == 'bfloat16' else ': bfloat16 pays where the hardware multiplies in it'}; "
+        f"compile {'on' if compiled else 'off: a CPU gains little and waits for the compiler (--compile turns it on)'}")
+    say(f"memory   about {expected / 1e9:.1f} GB: weights, gradients, AdamW's moments, and activations (--micro-batch lowers these)")
+
+    # ---- one evaluation, over windows that never change --------------------------------------------------------------
+    def total(*values):
+        """Sums over all ranks."""
+        values = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        if world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def batches(windows: np.ndarray):
+        for start in range(0, len(windows), micro_batch):
+            yield torch.from_numpy(windows[start:start + micro_batch]).to(device, non_blocking=True)
+
+    n_eval = min(len(val_windows), max(1, t.eval_tokens // config.seq_len))
+    eval_indices = np.linspace(0, len(val_windows) - 1, n_eval).astype(int)[rank::world]
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
+    def evaluate() -> float:
+        windows = np.stack([val_windows[i] for i in eval_indices]) if len(eval_indices) else np.empty((0, 1))
+        loss = 0.0
+        for batch in batches(windows):
+            with autocast:
+                loss += model(batch[:, :-1], batch[:, 1:]).item() * len(batch)
+        return total(loss)[0] / n_eval
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+    description = dict(config=asdict(config), training=asdict(t), data=identity,
+                       provenance=dict(torch=torch.__version__, python=platform.python_version(), command=sys.argv))
+    log_path = out / "log.jsonl"
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob("*.partial"):
+            shutil.rmtree(leftover)
+        lines = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        (out / "log.jsonl.tmp").write_text("".join(kept))
+        os.replace(out / "log.jsonl.tmp", log_path)
+
+    stop = False
+    def request_stop(number, frame):        # once: after this step; twice: at once
+        nonlocal stop
+        stop = True
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+
+    save = lambda: save_checkpoint(out, step, model, optimizer, description, meta["tokenizer"], t.keep)      # noqa: E731
+    model.train()
+    bar = tqdm(initial=first_step, total=t.steps, disable=rank > 0, dynamic_ncols=True, unit="step", mininterval=0.5)
+    step, last_saved = first_step, checkpoint
+    while step < t.steps and not stop:
+        started = time.perf_counter()
+        rate = learning_rate(step, t)
+        windows = train_windows.shuffled(np.arange(step * windows_per_step + rank, (step + 1) * windows_per_step, world), t.seed)
+        loss = torch.zeros((), device=device)
+        for i, batch in enumerate(batches(windows)):
+            last = (i + 1) * micro_batch >= len(windows)
+            with nullcontext() if last or world == 1 else wrapped.no_sync(), autocast:
+                part = wrapped(batch[:, :-1], batch[:, 1:]) * (len(batch) / windows_per_step)
+                (part * world).backward()       # DDP averages over ranks, each of which has a share of the mean
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
+        loss, any_stop = total(loss.item(), float(stop))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise InputError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm.item()}. The last good checkpoint is "
+                             f"{last_saved or 'none yet'}. Try a lower --learning-rate or a longer --warmup-steps")
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, stop = step + 1, any_stop > 0
+
+        speed = t.tokens_per_step / (time.perf_counter() - started)
+        line = dict(step=step, tokens=step * t.tokens_per_step, loss=loss, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
+        if step % t.eval_every == 0 or step == t.steps:
+            line["val_loss"] = evaluate()
+        if rank == 0:
+            with open(log_path, "a") as log:
+                log.write(json.dumps(line) + "\n")
+            if "val_loss" in line:
+                tqdm.write(f"step {step:>6,}  validation loss {line['val_loss']:.4f}")
+            mfu = {"MFU": f"{speed * model.flops_per_token() / (peak * world):.1%}"} if peak else {}
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", tokens_per_s=f"{speed:,.0f}", **mfu, refresh=False)
+            bar.update()
+            if step % t.save_every == 0 or step == t.steps or stop:
+                last_saved = save()
+    bar.close()
+
+    # ---- what came out -----------------------------------------------------------------------------------------------
+    if step < t.steps:
+        say(f"stopped after step {step}, saved in {last_saved}; to go on, give the same command with --resume")
+    elif rank == 0:
+        plot_curves(out, meta["unigram_val_loss"], f"{config.model}, {t.preset}: {millions and sum(millions.values()):.1f} M parameters")
+        print(f"a sample of {last_saved}:\n")
+        with torch.compiler.set_stance("force_eager"):
+            for text in stream_text(model, tokenizer, [meta["end_of_text"]], n_tokens=120, temperature=0.8, top_k=50, seed=t.seed):
+                print(text, end="", flush=True)
+        print(f"\n\ncurves in {out / 'curves.png'}; more text: python sample.py {out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}): lower --micro-batch, then --preset")
+        raise
