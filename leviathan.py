@@ -429,6 +429,9 @@ class LanguageModel(nn.Module):
         return {embedding: 0 if self.config.model == "dense" else count(self.embed_tokens),
                 "blocks": count(self.layers) + count(self.norm), "head": count(self.lm_head)}
 
+    def n_parameters(self) -> int:
+        return sum(self.parameters_by_part().values())
+
     def flops_per_token(self) -> int:
         """Of a training step: 6 per parameter of blocks and head, 12·L·D·T for attention; the generator is left out."""
         c, parts = self.config, self.parameters_by_part()
@@ -439,23 +442,25 @@ class LanguageModel(nn.Module):
 
         A spline is neutral at 1, not at 0: decayed by 10 % each, a product of 128 of them vanishes (1e-6).
         """
-        decays = lambda name, p: p.ndim >= 2 and not name.endswith(("codebooks", "splines"))     # noqa: E731
-        named = [(name, p) for name, p in self.named_parameters() if "seed_norm" not in name]
-        norms = [p for name, p in self.named_parameters() if "seed_norm" in name]
+        decays = lambda name, p: p.ndim >= 2 and not any(part in name for part in ("norm", "codebooks", "splines"))   # noqa: E731
+        named = list(self.named_parameters())
         return [dict(params=[p for name, p in named if decays(name, p)], weight_decay=weight_decay),
-                dict(params=[p for name, p in named if not decays(name, p)] + norms, weight_decay=0.0)]
+                dict(params=[p for name, p in named if not decays(name, p)], weight_decay=0.0)]
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu") -> "LanguageModel":
         """The model in a checkpoint, or in the newest checkpoint of a run's folder. Raises InputError."""
         folder = newest_checkpoint(path)
-        model = cls(Config(**read_json(folder / "config.json")["config"]))
+        try:
+            model = cls(Config(**read_json(folder / "config.json")["config"]))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / 'config.json'} does not describe a model ({error})") from error
         weights = load_tensors(folder / "model.pt")
         try:
             model.load_state_dict(weights)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise InputError(f"{folder / 'model.pt'} is of another configuration than config.json beside it: "
-                             f"{str(error).splitlines()[1].strip()}") from error
+                             f"{str(error).splitlines()[-1].strip()}") from error
         return model.to(device)
 
 

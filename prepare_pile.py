@@ -36,7 +36,7 @@ STDLIB_VOCABULARY = 8_192
 
 def train_tokenizer(texts, vocab_size: int, name: str) -> tiktoken.Encoding:
     """A byte-pair encoding of `vocab_size` ids, the last of them <|endoftext|>, trained on an iterator of texts."""
-    import rustbpe      # here, since only preparation needs it
+    import rustbpe  # here, since only preparation needs it
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(texts, vocab_size=vocab_size - 1)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
@@ -95,7 +95,7 @@ def tokenizer_from_json(known: dict) -> tiktoken.Encoding:
 
 def read_blocks(path: Path, progress):
     """The bytes of a file in blocks, through zstd where its name ends so: all frames, and the last one whole."""
-    import zstandard    # here, since reading shards does not need it
+    import zstandard  # here, since reading shards does not need it
     decompressor = None
     with open(path, "rb") as file:
         while block := file.read(2**20):

@@ -33,8 +33,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from leviathan import (MODELS, PRESETS, Config, InputError, LanguageModel, isoparametric_depth, load_tensors, newest_checkpoint,
-                       read_json)
+from leviathan import (
+    PRESETS,
+    Config,
+    InputError,
+    LanguageModel,
+    isoparametric_depth,
+    load_tensors,
+    newest_checkpoint,
+    read_json,
+)
 from prepare_pile import Windows, prepare_stdlib, read_meta, tokenizer_from_json
 from sample import stream_text
 
@@ -224,8 +232,8 @@ def main():
     # ---- layout: windows of a step -> ranks -> micro-batches ---------------------------------------------------------
     windows_per_step = t.tokens_per_step // config.seq_len
     if t.tokens_per_step % config.seq_len or windows_per_step < world:
-        raise InputError(f"--tokens-per-step {t.tokens_per_step} is not a multiple of --seq-len {config.seq_len} that gives each of "
-                         f"{world} ranks a window")
+        raise InputError(f"--tokens-per-step {t.tokens_per_step}: it must be a multiple of --seq-len ({config.seq_len}) that gives "
+                         f"each of {world} ranks at least one window")
     dtype = t.dtype or ("bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {dtype}: choose float32 or bfloat16")
@@ -243,21 +251,21 @@ def main():
                  if device.type == "cuda" and dtype == "bfloat16" and name in torch.cuda.get_device_name(device)), None)
 
     # ---- what was chosen and why -------------------------------------------------------------------------------------
-    millions = {part: n / 1e6 for part, n in model.parameters_by_part().items()}
-    logits = config.vocab_size * config.d_model * 4
-    expected = 16e6 * sum(millions.values()) + logits + micro_batch * per_window + 2**28
-    say(f"model    {config.model}{f' ({config.generator}, mode width {config.mode_width})' * (config.model == 'leviathan')}, "
-        f"{t.preset}: {config.n_layers} layers of width {config.d_model}; "
-        f"{' + '.join(f'{part} {n:.2f}' for part, n in millions.items())} = {sum(millions.values()):.2f} M parameters")
-    say(f"data     {t.data}: {identity['train']:,} training tokens, {tokenizer.name} with {tokenizer.n_vocab:,} ids; "
+    size, n_train = model.n_parameters(), identity["train"]
+    method = f", {config.generator} of mode width {config.mode_width}" if config.model == "leviathan" else ""
+    parts = " + ".join(f"{part} {n / 1e6:.2f}" for part, n in model.parameters_by_part().items())
+    expected = 16 * size + 4 * config.vocab_size * config.d_model + micro_batch * per_window + 2**28
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    say(f"model    {config.model}{method}, {config.n_layers} layers of width {config.d_model} ({t.preset}): {parts} "
+        f"= {size / 1e6:.2f} M parameters")
+    say(f"data     {t.data}: {n_train:,} training tokens, {tokenizer.name} of {tokenizer.n_vocab:,} ids; "
         f"a unigram model's validation loss is {meta['unigram_val_loss']:.3f}")
-    say(f"steps    {t.steps:,} of {t.tokens_per_step:,} tokens = {windows_per_step} windows of {config.seq_len}, on {world} "
-        f"rank{'s' * (world > 1)} in micro-batches of {micro_batch}: "
-        f"{t.steps * windows_per_step / len(train_windows):.2f} epochs")
-    say(f"device   {device.type} of {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()}, "
-        f"torch {torch.__version__}; {dtype}{'' if dtype == 'bfloat16' else ': bfloat16 pays where the hardware multiplies in it'}; "
-        f"compile {'on' if compiled else 'off: a CPU gains little and waits for the compiler (--compile turns it on)'}")
-    say(f"memory   about {expected / 1e9:.1f} GB: weights, gradients, AdamW's moments, and activations (--micro-batch lowers these)")
+    say(f"steps    {t.steps:,} of {t.tokens_per_step:,} tokens = {windows_per_step} windows of {config.seq_len}, "
+        f"{micro_batch} at once on {world} rank{'s' * (world > 1)}; {t.steps * windows_per_step / len(train_windows):.2f} epochs")
+    say(f"device   {device.type} ({machine}), torch {torch.__version__}, {dtype}"
+        f"{'' if dtype == 'bfloat16' else ' (bfloat16 pays only where the hardware multiplies in it)'}, "
+        f"compile {'on' if compiled else 'off (a CPU gains little and waits for the compiler; --compile turns it on)'}")
+    say(f"memory   about {expected / 1e9:.1f} GB for weights, gradients, AdamW and activations (--micro-batch lowers the last)")
 
     # ---- one evaluation, over windows that never change --------------------------------------------------------------
     def total(*values):
@@ -351,7 +359,7 @@ def main():
     if step < t.steps:
         say(f"stopped after step {step}, saved in {last_saved}; to go on, give the same command with --resume")
     elif rank == 0:
-        plot_curves(out, meta["unigram_val_loss"], f"{config.model}, {t.preset}: {millions and sum(millions.values()):.1f} M parameters")
+        plot_curves(out, meta["unigram_val_loss"], f"{config.model}, {t.preset}: {size / 1e6:.1f} M parameters")
         print(f"a sample of {last_saved}:\n")
         with torch.compiler.set_stance("force_eager"):
             for text in stream_text(model, tokenizer, [meta["end_of_text"]], n_tokens=120, temperature=0.8, top_k=50, seed=t.seed):

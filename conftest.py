@@ -1,0 +1,19 @@
+"""Shared by all tests: a small prepared folder, whose text is this project's own code."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from prepare_pile import prepare, train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """Prepared shards of about 20,000 tokens with a vocabulary of 300."""
+    folder = tmp_path_factory.mktemp("data")
+    code = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("leviathan.py", "prepare_pile.py"))
+    texts = re.split(r"(?<=\n)(?=def |class |    def )", code)
+    (folder / "code.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    prepare([folder / "code.jsonl"], folder / "shards", train_tokenizer(iter(texts), 300, "tiny"), holdout=5)
+    return folder / "shards"

@@ -1,0 +1,259 @@
+"""Every bad input gives one clear line that names the mend, a non-zero exit, and leaves what was there as it was."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_pile
+import sample
+import train
+from leviathan import Config, InputError, LanguageModel, TokenGenerator
+
+HERE = Path(__file__).parent.parent
+SMALL = "--seq-len 32 --d-model 32 --n-layers 1 --n-heads 2 --d-seed 8 --mode-width 1 --steps 2 --tokens-per-step 64".split()
+
+
+@pytest.fixture
+def data(tiny_data, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "shards"))
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Run a script's main() as if from the command line, in an empty folder."""
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        script.main()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    return call
+
+
+@pytest.fixture
+def run_folder(call, data, tmp_path) -> Path:
+    """A finished run of two steps."""
+    call(train, "--data", data, "--out", tmp_path / "run", "--device", "cpu", *SMALL)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(model="gpt"), "unknown model 'gpt': choose from leviathan, dense, dense-untied"),
+    (dict(generator="v3"), "unknown generator 'v3': choose from v1, lev"),
+    (dict(d_model=30, n_heads=4), "d_model 30 is not divisible by n_heads 4"),
+    (dict(d_model=12, n_heads=4), "head_dim 3 .* is odd"),
+    (dict(n_knots=2), "n_knots 2: a quadratic spline needs at least 3"),
+    (dict(base=10), "base 10 with 3 digits has 1,000 addresses, too few for a vocabulary of 200,019"),
+    (dict(n_layers=0), "n_layers is 0: it must be at least 1"),
+])
+def test_config(fields, message):
+    with pytest.raises(InputError, match=message):
+        Config(**fields)
+
+
+@pytest.mark.parametrize("addresses, message", [
+    ([0, 1, 2, 1], "addresses collide: tokens 1 and 3 share 1"),
+    ([0, 1, 2, 8], "addresses must lie in 0 ... 7"),
+    ([0, 1, 2], "addresses must be 4 integers"),
+    ([0.0, 1.0, 2.0, 3.0], "addresses must be 4 integers"),
+])
+def test_addresses(addresses, message):
+    with pytest.raises(InputError, match=message):
+        TokenGenerator(4, 8, d_seed=4, addresses=addresses)
+
+
+def test_addresses_of_a_checkpoint_are_checked_too():
+    g = TokenGenerator(4, 8, d_seed=4)
+    with pytest.raises(InputError, match="collide"):
+        g.load_state_dict(g.state_dict() | {"addresses": torch.tensor([0, 1, 1, 2])})
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--preset", "huge"], "unknown preset 'huge': choose from nano, micro, 60m, 270m, 410m, 1.2b"),
+    (["--data", "nowhere"], r"no prepared data in nowhere .*: run prepare_pile.py"),
+    (["--resume"], "nothing to resume: there is no out/leviathan-nano"),
+    (["--steps", "0"], "--steps is 0: it must be positive"),
+    (["--device", "tpu"], "--device tpu: there is none here; choose from .*cpu"),
+])
+def test_train_flags(call, arguments, message):
+    with pytest.raises(InputError, match=message):
+        call(train, "--device", "cpu", *arguments)
+    assert not os.listdir()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_where_there_is_none(call):
+    with pytest.raises(InputError, match="--device cuda: there is none here; choose from .*cpu"):
+        call(train, "--device", "cuda")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--vocab-size", "299"], "vocab_size is 299, but the tokenizer of .* has 300 ids"),
+    (["--tokens-per-step", "100"], "--tokens-per-step 100: it must be a multiple of --seq-len"),
+    (["--seq-len", "1000000", "--tokens-per-step", "1000000"], "shorter than one window of 1000001 tokens: lower --seq-len"),
+    (["--dtype", "int8"], "--dtype int8: choose float32 or bfloat16"),
+    (["--model", "dense", "--isoparametric"], "--isoparametric deepens Leviathan"),
+])
+def test_train_settings_that_do_not_fit_the_data(call, data, arguments, message):
+    with pytest.raises(InputError, match=message):
+        call(train, "--data", data, "--out", "run", "--device", "cpu", *SMALL, *arguments)
+    assert not Path("run").exists()
+
+
+def damage_shard(folder: Path, how: str):
+    path = next(folder.glob("train-*.bin"))
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+        return
+    if how == "magic":
+        content[0] ^= 1
+    elif how == "truncated":
+        content = content[:-4]
+    elif how == "empty":
+        content = content[:100]
+    elif how == "id":
+        content[prepare_pile.HEADER_BYTES:] = np.full(len(content) // 4 - 256, 300, dtype="<u4").tobytes()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how, message", [
+    ("missing", "train-00000.bin is missing, though meta.json lists it"),
+    ("magic", r"train-00000.bin is not a token shard \(magic"),
+    ("truncated", "train-00000.bin is truncated or of other data"),
+    ("empty", "train-00000.bin is not a token shard"),
+    ("id", "train-00000.bin holds the id 300, but the vocabulary has 300"),
+])
+def test_damaged_shards(call, data, how, message):
+    damage_shard(data, how)
+    with pytest.raises(InputError, match=message):
+        call(train, "--data", data, "--out", "run", "--device", "cpu", *SMALL)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda meta: meta["tokenizer"]["tokens"].pop(), "the tokenizer tiny does not match"),
+    (lambda meta: meta["tokenizer"].update(vocab_size="300"), "meta.json lacks a field or has one of the wrong kind"),
+    (lambda meta: meta.pop("train"), "meta.json lacks a field"),
+])
+def test_damaged_meta(call, data, change, message):
+    meta = json.loads((data / "meta.json").read_text())
+    change(meta)
+    (data / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=message):
+        call(train, "--data", data, "--out", "run", "--device", "cpu", *SMALL)
+
+
+def test_a_run_is_never_overwritten(call, data, run_folder):
+    before = (run_folder / "log.jsonl").read_text()
+    with pytest.raises(InputError, match="run is not empty: go on with --resume, or name another folder with --out"):
+        call(train, "--data", data, "--out", run_folder, "--device", "cpu", *SMALL)
+    assert (run_folder / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("flag, value", [("--steps", 3), ("--d-model", 64), ("--seed", 1), ("--learning-rate", 1e-5),
+                                         ("--model", "dense")])
+def test_resume_refuses_another_schedule_or_model(call, data, run_folder, flag, value):
+    with pytest.raises(InputError, match=f"{flag} is {value}, but the run in .* has"):
+        call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume", flag, value)
+
+
+def test_resume_refuses_other_data(call, data, run_folder, tmp_path):
+    meta = json.loads((data / "meta.json").read_text())
+    meta["val"]["tokens"] += 1
+    (data / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="is not the data that the run in .* was trained on"):
+        call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
+
+
+@pytest.mark.parametrize("file", ["model.pt", "optimizer.pt", "config.json"])
+def test_checkpoint_cut_short(call, data, run_folder, file):
+    path = run_folder / "step-00000002" / file
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match=f"{file} is missing"):
+        call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
+
+
+def test_checkpoint_of_another_configuration(run_folder):
+    path = run_folder / "step-00000002/config.json"
+    described = json.loads(path.read_text())
+    described["config"]["d_model"] = 64
+    path.write_text(json.dumps(described))
+    with pytest.raises(InputError, match="model.pt is of another configuration than config.json beside it: size mismatch"):
+        LanguageModel.from_checkpoint(run_folder)
+    described["config"]["colour"] = "red"
+    path.write_text(json.dumps(described))
+    with pytest.raises(InputError, match="does not describe a model .*colour"):
+        LanguageModel.from_checkpoint(run_folder)
+
+
+def test_a_checkpoint_runs_no_code(run_folder):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(run_folder / "trapped"),)
+    torch.save(Trap(), run_folder / "step-00000002/model.pt")
+    with pytest.raises(InputError, match="is missing, damaged or cut short"):
+        LanguageModel.from_checkpoint(run_folder)
+    assert not (run_folder / "trapped").exists()
+
+
+def test_no_room_on_the_disk(call, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(InputError, match=r"cannot save step 1 in .*no room on the disk.*free some space and go on with --resume"):
+        call(train, "--data", data, "--out", tmp_path / "run", "--device", "cpu", *SMALL)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+def test_a_disk_that_fills_while_saving(call, data, monkeypatch, tmp_path):
+    """torch.save raises RuntimeError then. The checkpoint of step 1 stays; nothing half-written remains."""
+    call_number = iter(range(10))
+    real = torch.save
+
+    def full(obj, path):
+        if next(call_number) < 2:
+            return real(obj, path)
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="cannot save step 2"):
+        call(train, "--data", data, "--out", tmp_path / "run", "--device", "cpu", *SMALL)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "step-00000001"]
+
+
+def test_a_loss_that_is_not_finite(call, data, tmp_path):
+    with pytest.raises(InputError, match=r"step \d+: the loss is .*Try a lower --learning-rate"):
+        call(train, "--data", data, "--out", tmp_path / "run", "--device", "cpu", *SMALL, "--learning-rate", "1e30", "--steps", "9",
+             "--clip", "1e30")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere"], "no checkpoint in nowhere: name a folder that train.py has written"),
+    (["nowhere", "--tokens", "0"], "--tokens is 0: it must be at least 1"),
+    (["nowhere", "--temperature", "-1"], "--temperature is -1.0: it must be at least 0"),
+])
+def test_sample_flags(call, arguments, message):
+    with pytest.raises(InputError, match=message):
+        call(sample, *arguments)
+
+
+def test_sample_with_another_tokenizer(call, run_folder):
+    path = run_folder / "step-00000002/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    path.write_text(json.dumps(tokenizer | {"fingerprint": "0"}))
+    with pytest.raises(InputError, match="the tokenizer tiny does not match"):
+        call(sample, run_folder)
+
+
+@pytest.mark.parametrize("script, arguments", [("train", ["--preset", "huge"]), ("prepare_pile", ["--encoding", "gpt9"]),
+                                               ("sample", ["nowhere"])])
+def test_what_the_user_sees(script, arguments, tmp_path):
+    """One line, no traceback, exit status 1."""
+    done = subprocess.run([sys.executable, HERE / f"{script}.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"{script}.py: ") and len(done.stderr.splitlines()) == 1
+
+

@@ -1,0 +1,112 @@
+"""train.py and sample.py as a user runs them: stopped, compiled, under autocast, read from a pipe."""
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from leviathan import Config, LanguageModel
+from sample import stream_text
+
+HERE = Path(__file__).parent.parent
+SMALL = ("--device cpu --seq-len 32 --d-model 32 --n-layers 2 --n-heads 2 --d-seed 16 --mode-width 2 --tokens-per-step 256 "
+         "--eval-tokens 512").split()
+
+
+def script(name, *arguments, **how):
+    return subprocess.run([sys.executable, HERE / name, *map(str, arguments)], capture_output=True, text=True, **how)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny_data, number):
+    out = tmp_path / "run"
+    command = [sys.executable, str(HERE / "train.py"), "--data", str(tiny_data), "--out", str(out), *SMALL, "--steps", "100000",
+               "--save-every", "100000", "--eval-every", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = out / "log.jsonl"
+    deadline = time.time() + 60
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert process.returncode == 0, stderr
+    assert [path.name for path in out.glob("step-*")] == [f"step-{len(lines):08d}"]
+    assert "to go on, give the same command with --resume" in stdout.splitlines()[-1]
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path, tiny_data):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\nhalf a li')
+    done = script("train.py", "--data", tiny_data, "--out", tmp_path, *SMALL, "--steps", 2, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_prepares_the_default_data_and_samples(tmp_path):
+    """The first command of the README, cut to two steps; then text from its checkpoint by argument, file and pipe."""
+    done = script("train.py", *SMALL, "--steps", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data/stdlib/meta.json").exists() and (tmp_path / "out/leviathan-nano/curves.png").exists()
+    (tmp_path / "prompt.txt").write_text("import os")
+    texts = [script("sample.py", "out/leviathan-nano", "--tokens", 20, *how, cwd=tmp_path, input="import os")
+             for how in (["--prompt", "import os"], ["--prompt", "-"], ["--prompt-file", "prompt.txt"], ["--seed", "1"])]
+    assert all(done.returncode == 0 for done in texts), texts
+    assert texts[0].stdout == texts[1].stdout == texts[2].stdout != texts[3].stdout
+    assert texts[0].stdout.startswith("import os") and len(texts[0].stdout) > 20
+
+
+@pytest.mark.parametrize("model", ["leviathan", "dense"])
+def test_bfloat16_autocast_trains_alike(tmp_path, tiny_data, model):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        done = script("train.py", "--model", model, "--data", tiny_data, "--out", tmp_path / dtype, *SMALL, "--steps", 8,
+                      "--dtype", dtype)
+        assert done.returncode == 0, done.stderr
+        losses[dtype] = [json.loads(line)["loss"] for line in (tmp_path / dtype / "log.jsonl").read_text().splitlines()]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3) and losses["bfloat16"] != losses["float32"]
+    weights = torch.load(tmp_path / "bfloat16/step-00000008/model.pt", weights_only=True)
+    assert {w.dtype for w in weights.values()} <= {torch.float32, torch.int64}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_compute_the_same(tiny_data):
+    """Block by block, without graph breaks, and no name of a parameter changes."""
+    model, compiled = (LanguageModel(Config(vocab_size=97, seq_len=16, d_model=32, n_layers=2, n_heads=2, d_seed=8, mode_width=1))
+                       for _ in range(2))
+    for layer in compiled.layers:
+        layer.compile(fullgraph=True)
+    ids = torch.randint(97, (2, 17))
+    for m in (model, compiled):
+        m(ids[:, :-1], ids[:, 1:]).backward()
+    assert model.state_dict().keys() == compiled.state_dict().keys()
+    for (name, a), b in zip(model.named_parameters(), compiled.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_streamed_text_never_cuts_a_character(tiny_data):
+    """Characters of several bytes arrive whole, though each byte is a token of its own."""
+    text = "né 北京 🙂!"
+
+    class Spelling(torch.nn.Linear):
+        def generate(self, ids, **how):
+            yield from text.encode()
+
+    class Bytes:
+        def decode_single_token_bytes(self, token):
+            return bytes([token])
+
+    pieces = list(stream_text(Spelling(1, 1), Bytes(), [0]))
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and len(pieces) == len(text.encode()) + 1
+
+
+def test_generation_is_seeded_and_greedy_at_zero():
+    model = LanguageModel(Config(vocab_size=97, seq_len=16, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1))
+    draw = lambda **how: list(model.generate(torch.tensor([1, 2]), 20, **how))       # noqa: E731
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    assert draw(temperature=0, seed=1) == draw(temperature=0, seed=2) == draw(top_k=1)
+    assert draw(temperature=0)[0] == model(torch.tensor([[1, 2]]))[0, -1].argmax()
