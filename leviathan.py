@@ -74,7 +74,7 @@ PRESETS = {  # shape (Config), then recipe (train.py). The first two are [O]; be
 class Config:
     """The shape of a model. None means: derived from the other fields. Raises InputError where they don't fit."""
     model: str = "leviathan"        # leviathan | dense | dense-untied
-    vocab_size: int = 200_019       # V: o200k_base as tiktoken has it; the paper has 200,376 [P]
+    vocab_size: int = 200_019       # V: the tokenizer's; o200k_base has this, the paper 200,376 [P]
     seq_len: int = 512              # the longest context
     d_model: int = 256              # D: width
     n_layers: int = 6               # decoder blocks of 16 D^2 parameters each [R]
@@ -335,12 +335,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     LOGITS_PER_CHUNK = {"cpu": 2**25}     # 128 MB of float32 on a CPU, ...
     DEFAULT_LOGITS = 2**28                # ... 1 GB elsewhere
 
+    @classmethod
+    def logits_per_chunk(cls, device: str) -> int:
+        return cls.LOGITS_PER_CHUNK.get(device, cls.DEFAULT_LOGITS)
+
     @staticmethod
     def forward(ctx, hidden, weight, targets):                                  # (N, D), (V, D), (N)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        limit = LinearCrossEntropy.LOGITS_PER_CHUNK.get(device, LinearCrossEntropy.DEFAULT_LOGITS) // len(weight) or 1
+        limit = LinearCrossEntropy.logits_per_chunk(device) // len(weight) or 1
         x_all, w = hidden.to(dtype), weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None

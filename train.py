@@ -38,6 +38,7 @@ from leviathan import (
     Config,
     InputError,
     LanguageModel,
+    LinearCrossEntropy,
     isoparametric_depth,
     load_tensors,
     newest_checkpoint,
@@ -102,7 +103,7 @@ def parse_arguments() -> dict:
         comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), flags=re.MULTILINE))
         for field in fields(cls):
             kind = next(t for t in get_args(field.type) or (field.type,) if t is not NoneType)
-            default = "" if field.default is None or field.name in PRESETS["nano"] else f" [{field.default}]"
+            default = "" if field.default is None or field.name in {*PRESETS["nano"], "vocab_size"} else f" [{field.default}]"
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
             group.add_argument(f"--{field.name.replace('_', '-')}", help=(comments[field.name] + default).replace("%", "%%"), **how)
     return vars(parser.parse_args())
@@ -180,17 +181,21 @@ def main():
     device = choose_device(given.get("device"), local_rank)
     settings = {"preset": "nano" if device.type == "cpu" else "micro"} | given
     out = Path(given.get("out") or f"out/{given.get('model', 'leviathan')}-{settings['preset']}")
-    checkpoint = None
+    checkpoint, first_step = None, 0
     if resume and not out.is_dir():
         raise InputError(f"nothing to resume: there is no {out}; name the run's folder with --out")
     if resume and any(out.glob("step-*[0-9]")):
         checkpoint = newest_checkpoint(out)
         saved = read_json(checkpoint / "config.json")
-        settings = saved["config"] | saved["training"]
+        try:
+            settings, first_step, trained_on = saved["config"] | saved["training"], int(saved["step"]), saved["data"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{checkpoint / 'config.json'} does not describe a run ({error!r}): remove this checkpoint and "
+                             "--resume from the one before") from error
         for name in given.keys() - MAY_CHANGE:
-            if given[name] != settings[name]:
-                raise InputError(f"--{name.replace('_', '-')} is {given[name]}, but the run in {out} has {settings[name]}: model, "
-                                 "data and schedule cannot change on --resume; start another run with --out")
+            if given[name] != settings.get(name):
+                raise InputError(f"--{name.replace('_', '-')} is {given[name]}, but the run in {out} has {settings.get(name)}: "
+                                 "model, data and schedule cannot change on --resume; start another run with --out")
         settings |= given
     t = Training(**{field.name: settings[field.name] for field in fields(Training) if field.name in settings})
     if rank == 0 and not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -211,7 +216,7 @@ def main():
         raise InputError(f"vocab_size is {settings['vocab_size']:,}, but the tokenizer of {t.data} has {tokenizer.n_vocab:,} ids: "
                          "leave --vocab-size out, or prepare the data with another tokenizer")
     identity = dict(tokenizer=meta["tokenizer"]["fingerprint"], train=meta["train"]["tokens"], val=meta["val"]["tokens"])
-    if checkpoint and saved["data"] != identity:
+    if checkpoint and trained_on != identity:
         raise InputError(f"{t.data} is not the data that the run in {out} was trained on: name that with --data")
 
     # ---- model -------------------------------------------------------------------------------------------------------
@@ -224,10 +229,14 @@ def main():
     model = (LanguageModel.from_checkpoint(checkpoint) if checkpoint else LanguageModel(config, seed=t.seed)).to(device)
     optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay), lr=t.learning_rate, betas=(t.beta1, t.beta2),
                                   fused=device.type != "mps")
-    first_step = 0
     if checkpoint:
-        optimizer.load_state_dict(load_tensors(checkpoint / "optimizer.pt", device))
-        first_step = saved["step"]
+        try:
+            optimizer.load_state_dict(load_tensors(checkpoint / "optimizer.pt", device))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{checkpoint / 'optimizer.pt'} is not of this model ({error}): remove this checkpoint and --resume "
+                             "from the one before") from error
 
     # ---- layout: windows of a step -> ranks -> micro-batches ---------------------------------------------------------
     windows_per_step = t.tokens_per_step // config.seq_len
@@ -254,7 +263,8 @@ def main():
     size, n_train = model.n_parameters(), identity["train"]
     method = f", {config.generator} of mode width {config.mode_width}" if config.model == "leviathan" else ""
     parts = " + ".join(f"{part} {n / 1e6:.2f}" for part, n in model.parameters_by_part().items())
-    expected = 16 * size + 4 * config.vocab_size * config.d_model + micro_batch * per_window + 2**28
+    logits = min(micro_batch * config.seq_len * config.vocab_size, LinearCrossEntropy.logits_per_chunk(device.type))
+    expected = 16 * size + 4 * config.vocab_size * config.d_model + 8 * logits + micro_batch * per_window + 2**28
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     say(f"model    {config.model}{method}, {config.n_layers} layers of width {config.d_model} ({t.preset}): {parts} "
         f"= {size / 1e6:.2f} M parameters")
@@ -265,7 +275,8 @@ def main():
     say(f"device   {device.type} ({machine}), torch {torch.__version__}, {dtype}"
         f"{'' if dtype == 'bfloat16' else ' (bfloat16 pays only where the hardware multiplies in it)'}, "
         f"compile {'on' if compiled else 'off (a CPU gains little and waits for the compiler; --compile turns it on)'}")
-    say(f"memory   about {expected / 1e9:.1f} GB for weights, gradients, AdamW and activations (--micro-batch lowers the last)")
+    say(f"memory   about {expected / 1e9:.1f} GB for weights, gradients, AdamW, a chunk of logits, and activations "
+        "(--micro-batch lowers these)")
 
     # ---- one evaluation, over windows that never change --------------------------------------------------------------
     def total(*values):
@@ -305,10 +316,11 @@ def main():
         (out / "log.jsonl.tmp").write_text("".join(kept))
         os.replace(out / "log.jsonl.tmp", log_path)
 
-    stop = False
+    requested = stop = False                # a rank's own wish, and what all ranks agreed on at the end of a step
+
     def request_stop(number, frame):        # once: after this step; twice: at once
-        nonlocal stop
-        stop = True
+        nonlocal requested
+        requested = True
         signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
@@ -329,7 +341,7 @@ def main():
                 (part * world).backward()       # DDP averages over ranks, each of which has a share of the mean
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
-        loss, any_stop = total(loss.item(), float(stop))
+        loss, any_stop = total(loss.item(), float(requested))
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise InputError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm.item()}. The last good checkpoint is "
                              f"{last_saved or 'none yet'}. Try a lower --learning-rate or a longer --warmup-steps")

@@ -179,6 +179,13 @@ def test_checkpoint_cut_short(call, data, run_folder, file):
         call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"config": 3, "training": {}, "step": 1, "data": 0}'])
+def test_resume_from_a_config_that_describes_no_run(call, data, run_folder, text):
+    (run_folder / "step-00000002/config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json does not describe a run"):
+        call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
+
+
 def test_checkpoint_of_another_configuration(run_folder):
     path = run_folder / "step-00000002/config.json"
     described = json.loads(path.read_text())
