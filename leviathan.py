@@ -230,6 +230,11 @@ class TokenGenerator(nn.Module):
             latent = self.latent(digits(address, self.config.base, self.config.n_coords), wide)
             return self.aggregate(latent, self.modes(latent)).to(self.splines.dtype)
 
+    @torch.no_grad()
+    def table(self):
+        """The rows of all ids: what `nn.Embedding` would hold. -> (V, D)"""
+        return torch.cat([self.rows(ids) for ids in torch.arange(self.num_embeddings, device=self.addresses.device).split(8_192)])
+
     def latent(self, digits, dtype=None):
         """ẑ = sigmoid(slope * LN(W_seed Σ_j C_j[i_j])), in (0, 1) [P]. (U, k) -> (U, P, d_seed)
 
@@ -349,15 +354,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
+        buffer = w.new_empty(min(limit, len(hidden)), len(w))                   # once: the system is slow to give memory
         for start in range(0, len(hidden), limit):
             x, target = x_all[start:start + limit], targets[start:start + limit].unsqueeze(1)
-            logits = (x @ w.T).to(wide)                                         # (chunk, V)
-            log_sum_exp = logits.logsumexp(1, keepdim=True)
-            loss += (log_sum_exp - logits.gather(1, target)).sum()
+            logits = torch.mm(x, w.T, out=buffer[:len(x)]).to(wide)             # (chunk, V)
+            largest, of_target = logits.amax(1, keepdim=True), logits.gather(1, target)
+            exponentials = logits.sub_(largest).exp_()                          # in place: logits are the memory
+            total = exponentials.sum(1, keepdim=True)
+            loss += (total.log() + largest - of_target).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            probabilities = logits.sub_(log_sum_exp).exp_()                     # in place: logits are the memory
-            grad = probabilities.scatter_add_(1, target, -torch.ones_like(log_sum_exp)).div_(len(hidden)).to(dtype)
+            probabilities = exponentials.div_(total)
+            grad = probabilities.scatter_add_(1, target, -torch.ones_like(total)).div_(len(hidden)).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start:start + limit] = grad @ w
             if grad_weight is not None and dtype == wide:
@@ -386,6 +394,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Config, seed: int = 0, addresses=None):
         super().__init__()
         self.config = c = config
+        self.materialized = False
         if c.model == "leviathan":
             self.embed_tokens = TokenGenerator(
                 c.vocab_size, c.d_model, c.generator, n_coords=c.n_coords, base=c.base, d_seed=c.d_seed, n_knots=c.n_knots,
@@ -406,12 +415,27 @@ class LanguageModel(nn.Module):
         """Logits of the next token, or the mean loss where `targets` are given. (B, T) -> (B, T, V) or scalar"""
         if ids.shape[1] > self.config.seq_len:
             raise InputError(f"{ids.shape[1]} tokens exceed the model's seq_len of {self.config.seq_len}")
+        if self.materialized and torch.is_grad_enabled() and (self.training or targets is not None):
+            raise InputError("a materialized model has lost its generator and cannot be trained: load its checkpoint again, or "
+                             "compute under torch.no_grad()")
         cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]
         x = self.embed_tokens(ids)                                              # (B, T, D)
         for layer in self.layers:
             x = layer(x, cos, sin)
         x = self.norm(x)
         return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+
+    def materialize(self) -> "LanguageModel":
+        """Replace the generator by the table it makes, in place and for good: the model then *is* its untied dense twin.
+
+        For inference, at the twin's cost. Training on would train a table: forward raises InputError instead.
+        """
+        if self.config.model == "leviathan":
+            self.embed_tokens = nn.Embedding.from_pretrained(self.embed_tokens.table())
+            self.config = replace(self.config, model="dense-untied")
+            self.materialized = True
+            self.eval().requires_grad_(False)
+        return self
 
     @torch.no_grad()
     def generate(self, ids, n_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0):

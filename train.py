@@ -117,9 +117,23 @@ def choose_device(wanted: str | None, local_rank: int) -> torch.device:
     return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
 
 
-def activation_bytes(config: Config, bytes_per_value: int) -> int:
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """What the device multiplies at best, for MFU; None where it is not known."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None)
+
+
+def activation_bytes(config: Config, dtype: str) -> int:
     """What backward needs of one token, roughly: 26 D values in each block [O, counted from the block's operations]."""
-    return 26 * config.d_model * config.n_layers * bytes_per_value
+    return 26 * config.d_model * config.n_layers * (2 if dtype == "bfloat16" else 4)
+
+
+def expected_memory(model: LanguageModel, tokens: int, device: torch.device, dtype: str) -> int:
+    """Bytes of a step, roughly: weights, gradients and AdamW's moments, a chunk of logits, activations, the libraries."""
+    c = model.config
+    logits = min(tokens * c.vocab_size, LinearCrossEntropy.logits_per_chunk(device.type))
+    return 16 * model.n_parameters() + 4 * c.vocab_size * c.d_model + 8 * logits + tokens * activation_bytes(c, dtype) + 2**28
 
 
 def learning_rate(step: int, t: Training) -> float:
@@ -247,7 +261,7 @@ def main():
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {dtype}: choose float32 or bfloat16")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    per_window = activation_bytes(config, 2 if dtype == "bfloat16" else 4) * config.seq_len
+    per_window = activation_bytes(config, dtype) * config.seq_len
     room = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 2**31
     per_rank = -(-windows_per_step // world)
     micro_batch = min(per_rank, t.micro_batch or max(1, room // per_window))
@@ -256,15 +270,13 @@ def main():
         for layer in model.layers:
             layer.compile()
     wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
-    peak = next((peak for name, peak in PEAK_FLOPS.items()
-                 if device.type == "cuda" and dtype == "bfloat16" and name in torch.cuda.get_device_name(device)), None)
+    peak = peak_flops(device, dtype)
 
     # ---- what was chosen and why -------------------------------------------------------------------------------------
     size, n_train = model.n_parameters(), identity["train"]
     method = f", {config.generator} of mode width {config.mode_width}" if config.model == "leviathan" else ""
     parts = " + ".join(f"{part} {n / 1e6:.2f}" for part, n in model.parameters_by_part().items())
-    logits = min(micro_batch * config.seq_len * config.vocab_size, LinearCrossEntropy.logits_per_chunk(device.type))
-    expected = 16 * size + 4 * config.vocab_size * config.d_model + 8 * logits + micro_batch * per_window + 2**28
+    expected = expected_memory(model, micro_batch * config.seq_len, device, dtype)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     say(f"model    {config.model}{method}, {config.n_layers} layers of width {config.d_model} ({t.preset}): {parts} "
         f"= {size / 1e6:.2f} M parameters")
