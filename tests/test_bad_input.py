@@ -259,7 +259,8 @@ def test_sample_with_another_tokenizer(call, run_folder):
                                                ("sample", ["nowhere"])])
 def test_what_the_user_sees(script, arguments, tmp_path):
     """One line, no traceback, exit status 1."""
-    done = subprocess.run([sys.executable, HERE / f"{script}.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / f"{script}.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"{script}.py: ") and len(done.stderr.splitlines()) == 1
 

@@ -18,7 +18,7 @@ SMALL = ("--device cpu --seq-len 32 --d-model 32 --n-layers 2 --n-heads 2 --d-se
 
 
 def script(name, *arguments, **how):
-    return subprocess.run([sys.executable, HERE / name, *map(str, arguments)], capture_output=True, text=True, **how)
+    return subprocess.run([sys.executable, HERE / name, *map(str, arguments)], capture_output=True, text=True, timeout=300, **how)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
