@@ -348,8 +348,9 @@ def main():
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(batches(windows)):
             last = (i + 1) * micro_batch >= len(windows)
-            with nullcontext() if last or world == 1 else wrapped.no_sync(), autocast:
-                part = wrapped(batch[:, :-1], batch[:, 1:]) * (len(batch) / windows_per_step)
+            with nullcontext() if last or world == 1 else wrapped.no_sync():
+                with autocast:                  # forward alone: else the generator would go backward in bfloat16
+                    part = wrapped(batch[:, :-1], batch[:, 1:]) * (len(batch) / windows_per_step)
                 (part * world).backward()       # DDP averages over ranks, each of which has a share of the mean
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
