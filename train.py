@@ -391,6 +391,7 @@ def main():
                 print(text, end="", flush=True)
         print(f"\n\ncurves in {out / 'curves.png'}; more text: python sample.py {out}")
     if world > 1:
+        del wrapped     # first: DDP as the last owner of a gloo group can wait for ever for the group's thread (torch 2.13)
         dist.destroy_process_group()
 
 

@@ -97,6 +97,7 @@ def gradients_of_rank(rank, folder):
         (wrapped(batches[0, :, :-1], batches[0, :, 1:]) / 2).backward()
     (wrapped(batches[1, :, :-1], batches[1, :, 1:]) / 2).backward()
     torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    del wrapped         # as in train.py
     torch.distributed.destroy_process_group()
 
 
