@@ -160,9 +160,8 @@ def product_tree(factors):
     Unlike a sum of logarithms with sign parity it has the right gradient where a factor is exactly 0.
     """
     while len(factors) > 1:
-        half = len(factors) // 2
-        pairs = factors[:half] * factors[half:2 * half]
-        factors = torch.cat([pairs, factors[2 * half:]]) if len(factors) % 2 else pairs
+        first, second, *odd = factors.split(len(factors) // 2)      # slices would each fill a gradient with zeros
+        factors = torch.cat([first * second, *odd]) if odd else first * second
     return factors[0]
 
 
@@ -251,13 +250,15 @@ class TokenGenerator(nn.Module):
     def modes(self, latent):
         """mode_m = Π_d φ_{m,d}(ẑ_d), each channel a rank-1 tensor product of splines [P]. (U, P, d_seed) -> (U, M*r)
 
-        The factors are d_seed times the size of the result, so only a chunk of ids is held, and again in backward.
+        The factors are d_seed times the size of the result, so where they are many only a chunk of ids is held, and is
+        computed again in backward.
         """
         per_id = self.splines[:, :, 0].numel()
         limit = self.ELEMENTS_PER_CHUNK.get(latent.device.type, self.DEFAULT_ELEMENTS) // per_id or 1
-        chunks = [checkpoint(self.modes_of_chunk, chunk, use_reentrant=False, preserve_rng_state=False)
-                  for chunk in latent.split(limit)]
-        return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        if len(latent) <= limit:
+            return self.modes_of_chunk(latent)
+        return torch.cat([checkpoint(self.modes_of_chunk, chunk, use_reentrant=False, preserve_rng_state=False)
+                          for chunk in latent.split(limit)])
 
     def modes_of_chunk(self, latent):
         """φ_{m,d} = Σ_n B_n(ẑ_d) S[m,d,n,:], then their product over d [P]. (U, P, d_seed) -> (U, M*r)"""
