@@ -7,8 +7,8 @@ the machine does falls on all alike, and each has a peak memory of its own:
     pieces   the generator, and the head with its loss, against the way they are usually written
     growth   forward and backward of generator and table as tokens, vocabulary, mode width and D grow
 
-The ids have the statistics of text: words of Python's standard library, each hashed to one of V ids. (Without spaces and
-signs, 4,096 of them hold about as many distinct ids as as many o200k_base tokens of prose, 1,150 beside 1,500.)
+The ids have the statistics of text: words of Python's standard library, each hashed to one of V ids. Without spaces and
+signs, 4,096 of them hold nearly as many distinct ids, 1,299, as o200k_base tokens of prose do, about 1,500.
 """
 import argparse
 import functools
@@ -133,7 +133,8 @@ def contest(contestants: dict, device: str, rounds: int) -> dict[str, dict]:
 
     One that fails is named and left out.
     """
-    context, pipes, results = multiprocessing.get_context("spawn"), {}, {}
+    context, pipes, results = multiprocessing.get_context("forkserver"), {}, {}
+    context.set_forkserver_preload(["bench"])       # torch is imported once
 
     def ask(name: str, question: str):
         try:
@@ -420,7 +421,7 @@ def main():
     parser.add_argument("--tokens", type=int, help="of a micro-batch; 4096, on CUDA 32768, if left out")
     parser.add_argument("--vocab-size", type=int, default=200_019, help="ids")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each contestant, after one that is not")
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each contestant, after one that is not")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", default=Path("out/speed"), help="write the figures there")
     args = parser.parse_args()

@@ -250,21 +250,22 @@ class TokenGenerator(nn.Module):
     def modes(self, latent):
         """mode_m = Π_d φ_{m,d}(ẑ_d), each channel a rank-1 tensor product of splines [P]. (U, P, d_seed) -> (U, M*r)
 
-        The factors are d_seed times the size of the result, so where they are many only a chunk of ids is held, and is
-        computed again in backward.
+        The factors are d_seed times the size of the result, so where they are many only those of a chunk of ids and of one
+        projection are held, and they are computed again in backward.
         """
-        per_id = self.splines[:, :, 0].numel()
-        limit = self.ELEMENTS_PER_CHUNK.get(latent.device.type, self.DEFAULT_ELEMENTS) // per_id or 1
-        if len(latent) <= limit:
-            return self.modes_of_chunk(latent)
-        return torch.cat([checkpoint(self.modes_of_chunk, chunk, use_reentrant=False, preserve_rng_state=False)
-                          for chunk in latent.split(limit)])
+        per_id = self.splines[:, 0, 0].numel()
+        limit = max(32, self.ELEMENTS_PER_CHUNK.get(latent.device.type, self.DEFAULT_ELEMENTS) // per_id)
+        if latent[..., 0].numel() <= limit:
+            return self.modes_of_chunk(latent, self.splines)
+        projections = zip(latent.split(1, dim=1), self.splines.split(1, dim=1))
+        return torch.cat([torch.cat([checkpoint(self.modes_of_chunk, chunk, splines, use_reentrant=False, preserve_rng_state=False)
+                                     for chunk in latents.split(limit)]) for latents, splines in projections], dim=1)
 
-    def modes_of_chunk(self, latent):
-        """φ_{m,d} = Σ_n B_n(ẑ_d) S[m,d,n,:], then their product over d [P]. (U, P, d_seed) -> (U, M*r)"""
+    def modes_of_chunk(self, latent, splines):
+        """φ_{m,d} = Σ_n B_n(ẑ_d) S[m,d,n,:], then their product over d [P]. (U, P, d_seed) -> (U, P*C)"""
         basis = spline_basis(latent.permute(2, 1, 0), self.config.n_knots)      # (d_seed, P, U, κ)
-        factors = basis @ self.splines.to(basis.dtype)                          # (d_seed, P, U, C)
-        return product_tree(factors).transpose(0, 1).flatten(1)                 # (U, P*C), and P*C = M*r
+        factors = basis @ splines.to(basis.dtype)                               # (d_seed, P, U, C)
+        return product_tree(factors).transpose(0, 1).flatten(1)
 
     def aggregate(self, latent, modes):
         """e = W_out mode + W_res ẑ (Eq. 3 [P]; that the residual acts on ẑ is [R]). (U, M*r) -> (U, D)"""
