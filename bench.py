@@ -47,7 +47,7 @@ GROWTH = dict(tokens=[1_024, 4_096, 16_384, 65_536, 262_144], vocab_size=[8_192,
               mode_width=[1, 8, 64, 256], d_model=[256, 512, 1024, 2048])
 EMBEDDINGS = {"v1, width 1": dict(generator="v1", mode_width=1), "v1": dict(generator="v1"), "lev": dict(generator="lev"),
               "table": {}}
-TURN_SECONDS = 0.5      # a turn is as many steps as begin in this time, at least one
+TURN_SECONDS = 1.0      # a turn is as many steps as begin in this time, at least one
 
 
 @functools.cache
@@ -386,23 +386,29 @@ def plot_models(rows: list[dict], path: Path, title: str):
 
 
 def plot_growth(rows: list[dict], path: Path, title: str):
-    """Above, seconds of forward and backward; below, memory beyond weights and input; an axis of growth in each column."""
+    """Above, seconds of forward and backward; below, peak memory; an axis of growth in each column."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, NullLocator
+    names = dict(tokens="tokens of a micro-batch", vocab_size="vocabulary V", mode_width="mode width r", d_model="width D")
     figure, axes = plt.subplots(2, len(GROWTH), figsize=(13, 5.6), layout="constrained", sharex="col", sharey="row")
     for column, axis in zip(axes.T, GROWTH):
         on_axis = [r for r in rows if all(r["point"][other] == value for other, value in POINT.items() if other != axis)]
         for name in EMBEDDINGS:
-            line = sorted((r["point"][axis], statistics.median(r["seconds"]), r["extra_memory_bytes"] / 1e9)
-                          for r in on_axis if r["name"] == name)
+            line = sorted((r["point"][axis], statistics.median(r["seconds"]), r["peak_memory_bytes"] / 1e9)
+                          for r in on_axis if r["name"] == name and not (axis == "mode_width" and name == "v1, width 1"))
             for ax, values in zip(column, list(zip(*line))[1:]):
                 ax.plot([x for x, *_ in line], values, "o--" if name == "table" else "o-", ms=4, label=name,
                         color="gray" if name == "table" else None)
-        column[0].set(xscale="log", yscale="log")
-        column[1].set(xscale="log", yscale="log", xlabel={"tokens": "tokens of a micro-batch"}.get(axis, axis))
+        for ax in column:
+            ax.set(xscale="log", yscale="log")
+            ax.set_xticks(GROWTH[axis])
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.xaxis.set_minor_locator(NullLocator())
+        column[1].set_xlabel(names[axis])
     axes[0, 0].set_ylabel("seconds, forward + backward")
-    axes[1, 0].set_ylabel("memory, GB")
+    axes[1, 0].set_ylabel("peak memory of the process, GB")
     axes[0, 0].legend()
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)

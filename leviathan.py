@@ -134,7 +134,7 @@ def smallest_base(vocab_size: int, n_coords: int) -> int:
 
 def digits(addresses, base: int, n_coords: int):
     """Base-b digits of each address, most significant first [P]. (U) -> (U, k)"""
-    powers = torch.tensor([base**j for j in reversed(range(n_coords))], device=addresses.device)
+    powers = base ** torch.arange(n_coords - 1, -1, -1, device=addresses.device)
     return addresses.unsqueeze(-1) // powers % base
 
 
@@ -147,10 +147,12 @@ def spline_basis(x, n_knots: int):
     position = x * (n_knots - 1)
     nearest = position.detach().round().clamp(0, n_knots - 1)
     u = position - nearest                                                                  # in [-1/2, 1/2]
-    values = torch.stack([(0.5 - u).square() / 2, 0.75 - u.square(), (0.5 + u).square() / 2], dim=-1)
-    knots = nearest.long().unsqueeze(-1) + torch.tensor([-1, 0, 1], device=x.device)        # (..., 3)
-    values = torch.where((knots >= 0) & (knots < n_knots), values, 0)      # beyond either end there is no knot ...
-    values = values / values.sum(-1, keepdim=True)                         # ... and the others share its part
+    left = torch.where(nearest > 0, (0.5 - u).square() / 2, 0)                              # beyond either end there is
+    right = torch.where(nearest < n_knots - 1, (0.5 + u).square() / 2, 0)                   # no knot, and the others
+    middle = 0.75 - u.square()                                                              # share its part
+    total = left + middle + right
+    values = torch.stack([value / total for value in (left, middle, right)], dim=-1)        # (..., 3)
+    knots = nearest.long().unsqueeze(-1) + torch.arange(-1, 2, device=x.device)             # (..., 3)
     return values.new_zeros(*x.shape, n_knots).scatter_add(-1, knots.clamp(0, n_knots - 1), values)
 
 
@@ -257,9 +259,11 @@ class TokenGenerator(nn.Module):
         limit = max(32, self.ELEMENTS_PER_CHUNK.get(latent.device.type, self.DEFAULT_ELEMENTS) // per_id)
         if latent[..., 0].numel() <= limit:
             return self.modes_of_chunk(latent, self.splines)
-        projections = zip(latent.split(1, dim=1), self.splines.split(1, dim=1))
-        return torch.cat([torch.cat([checkpoint(self.modes_of_chunk, chunk, splines, use_reentrant=False, preserve_rng_state=False)
-                                     for chunk in latents.split(limit)]) for latents, splines in projections], dim=1)
+        n_chunks = -(-len(latent) // limit)
+        return torch.cat([
+            torch.cat([checkpoint(self.modes_of_chunk, chunk, splines, use_reentrant=False, preserve_rng_state=False)
+                       for chunk in latents.chunk(n_chunks)])
+            for latents, splines in zip(latent.split(1, dim=1), self.splines.split(1, dim=1))], dim=1)
 
     def modes_of_chunk(self, latent, splines):
         """φ_{m,d} = Σ_n B_n(ẑ_d) S[m,d,n,:], then their product over d [P]. (U, P, d_seed) -> (U, P*C)"""
