@@ -187,9 +187,11 @@ def hf_llama(config: Config) -> nn.Module:
 def training_step(device, config: Config, windows, compiled: bool, hf: bool):
     model = (hf_llama(config) if hf else LanguageModel(config)).to(device).train()
     inner = model.model if hf else model
-    if compiled:
+    if compiled and hf:
         for layer in inner.layers:
             layer.compile()
+    elif compiled:
+        model.compile_parts()
     groups = model.parameters() if hf else model.decay_groups(0.1)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1, fused=device.type != "mps")
     ids, targets = (half.contiguous().to(device) for half in (windows[:, :-1], windows[:, 1:]))
@@ -244,6 +246,8 @@ def embedding_step(device, config: Config, windows, kind: str):
         model = (PlainGenerator if kind == "plain generator" else TokenGenerator)(
             config.vocab_size, config.d_model, config.generator, mode_width=config.mode_width)
     model, ids = model.to(device), windows[:, :-1].to(device)
+    if kind == "compiled generator":
+        model.compile_modes()
 
     def step(clock: Clock):
         if kind == "materialize":
@@ -275,7 +279,7 @@ def head_step(device, config: Config, windows, kind: str):
 
 def row(section: str, name: str, model: str, config: Config, tokens: int, result: dict, **more) -> dict:
     """One measurement, with the names of Config; the generator is None where there is none, and layers are 0 in a piece."""
-    generates = model in ("leviathan", "generator", "plain generator", "materialize")
+    generates = model in ("leviathan", "generator", "plain generator", "compiled generator", "materialize")
     return dict(section=section, name=name, model=model, generator=config.generator if generates else None,
                 mode_width=config.mode_width if generates else None, d_model=config.d_model,
                 n_layers=config.n_layers if section == "models" else 0, vocab_size=config.vocab_size, seq_len=config.seq_len,
@@ -314,7 +318,8 @@ def pieces(args, shape: dict) -> list[dict]:
     contestants = {
         f"{kind}, {n:,} tokens": (build, dict(config=config, windows=windows, kind=kind)) for kind, build, n, windows in (
             ("plain generator", embedding_step, 2_048, few), ("generator", embedding_step, 2_048, few),
-            ("generator", embedding_step, 16_384, many), ("materialize", embedding_step, V, few),
+            ("compiled generator", embedding_step, 2_048, few), ("generator", embedding_step, 16_384, many),
+            ("compiled generator", embedding_step, 16_384, many), ("materialize", embedding_step, V, few),
             ("plain head", head_step, 2_048, few), ("head", head_step, 2_048, few))}
     return [row("pieces", name, contestants[name][1]["kind"], config, int(name.split()[-2].replace(",", "")), result)
             for name, result in contest(contestants, args.device.type, min(3, args.rounds)).items()]
@@ -390,23 +395,25 @@ def plot_growth(rows: list[dict], path: Path, title: str):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter, NullLocator
-    names = dict(tokens="tokens of a micro-batch", vocab_size="vocabulary V", mode_width="mode width r", d_model="width D")
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
+    labels = dict(tokens="tokens of a micro-batch", vocab_size="vocabulary V", mode_width="mode width r", d_model="width D")
     figure, axes = plt.subplots(2, len(GROWTH), figsize=(13, 5.6), layout="constrained", sharex="col", sharey="row")
     for column, axis in zip(axes.T, GROWTH):
         on_axis = [r for r in rows if all(r["point"][other] == value for other, value in POINT.items() if other != axis)]
-        for name in EMBEDDINGS:
+        for name, style in zip(EMBEDDINGS, ("C0o-", "C1o-", "C2o-", "C7o--")):
             line = sorted((r["point"][axis], statistics.median(r["seconds"]), r["peak_memory_bytes"] / 1e9)
                           for r in on_axis if r["name"] == name and not (axis == "mode_width" and name == "v1, width 1"))
             for ax, values in zip(column, list(zip(*line))[1:]):
-                ax.plot([x for x, *_ in line], values, "o--" if name == "table" else "o-", ms=4, label=name,
-                        color="gray" if name == "table" else None)
+                ax.plot([x for x, *_ in line], values, style, ms=4, label=name)
         for ax in column:
             ax.set(xscale="log", yscale="log")
             ax.set_xticks(GROWTH[axis])
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
             ax.xaxis.set_minor_locator(NullLocator())
-        column[1].set_xlabel(names[axis])
+        column[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        column[1].yaxis.set_major_formatter("{x:g}")
+        column[1].yaxis.set_minor_formatter(NullFormatter())
+        column[1].set_xlabel(labels[axis])
     axes[0, 0].set_ylabel("seconds, forward + backward")
     axes[1, 0].set_ylabel("peak memory of the process, GB")
     axes[0, 0].legend()
@@ -421,7 +428,7 @@ def main():
     parser.add_argument("what", choices=["speed"])
     parser.add_argument("--sections", nargs="+", choices=["models", "pieces", "growth"], default=["models", "pieces", "growth"])
     parser.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks; on CUDA if left out")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile blocks and modes; on CUDA if left out")
     parser.add_argument("--shapes", nargs="+", metavar="DxL",
                         help="width x layers; 256x6, and on CUDA 1024x12 and 768x28, if left out")
     parser.add_argument("--tokens", type=int, help="of a micro-batch; 4096, on CUDA 32768, if left out")

@@ -271,6 +271,10 @@ class TokenGenerator(nn.Module):
         factors = basis @ splines.to(basis.dtype)                               # (d_seed, P, U, C)
         return product_tree(factors).transpose(0, 1).flatten(1)
 
+    def compile_modes(self):
+        """torch.compile what a chunk computes: the only part of the generator whose time counts."""
+        self.modes_of_chunk = torch.compile(self.modes_of_chunk, dynamic=True)
+
     def aggregate(self, latent, modes):
         """e = W_out mode + W_res ẑ (Eq. 3 [P]; that the residual acts on ẑ is [R]). (U, M*r) -> (U, D)"""
         if not self.config.paper:                                               # 1 and 1/2: their means at the start
@@ -430,6 +434,13 @@ class LanguageModel(nn.Module):
             x = layer(x, cos, sin)
         x = self.norm(x)
         return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+
+    def compile_parts(self):
+        """torch.compile in place what repeats: each block, so that one compilation serves all, and the generator's modes."""
+        for layer in self.layers:
+            layer.compile()
+        if isinstance(self.embed_tokens, TokenGenerator):
+            self.embed_tokens.compile_modes()
 
     def materialize(self) -> "LanguageModel":
         """Replace the generator by the table it makes, in place and for good: the model then *is* its untied dense twin.

@@ -76,7 +76,7 @@ class Training:
     keep: int = 2                       # newest checkpoints to keep
     device: str | None = None           # cpu, cuda or mps; None: the best there is
     dtype: str | None = None            # float32 or bfloat16 (autocast); None: bfloat16 on CUDA where supported
-    compile: bool | None = None         # torch.compile the blocks; None: on CUDA
+    compile: bool | None = None         # torch.compile blocks and modes; None: on CUDA
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -266,9 +266,8 @@ def main():
     per_rank = -(-windows_per_step // world)
     micro_batch = min(per_rank, t.micro_batch or max(1, room // per_window))
     compiled = t.compile if t.compile is not None else device.type == "cuda"
-    if compiled:        # block by block and in place: one compilation serves all layers, and no name gains a prefix
-        for layer in model.layers:
-            layer.compile()
+    if compiled:        # in place, so that no parameter's name gains a prefix
+        model.compile_parts()
     wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
     peak = peak_flops(device, dtype)
 

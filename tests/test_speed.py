@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,28 @@ def test_compiled_generator(generator):
         ids = torch.arange(97)[:n].repeat(2)
         for a, b in zip(values_and_gradients(g, ids, compiled), values_and_gradients(g, ids)):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("generator", ["v1", "lev"])
+def test_a_gpu_computes_the_same_and_is_waited_for_once(generator):
+    """In float64; and of a micro-batch only the number of distinct ids comes back to the host."""
+    model = LanguageModel(Config(**TINY | dict(generator=generator))).double()
+    ids = torch.randint(97, (3, 17), generator=torch.Generator().manual_seed(0))
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    model, ids = model.cuda(), ids.cuda()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(ids[:, :-1], ids[:, 1:]).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) <= 1
+    for a, p in zip(expected, model.parameters()):
+        torch.testing.assert_close(p.grad.cpu(), a, rtol=1e-9, atol=1e-12)
 
 
 def gradients_of_rank(rank, folder):

@@ -75,11 +75,12 @@ def test_bfloat16_autocast_trains_alike(tmp_path, tiny_data, model):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_compute_the_same(tiny_data):
-    """Block by block, without graph breaks, and no name of a parameter changes."""
+    """Block by block, without graph breaks; then with the modes; and no name of a parameter changes."""
     model, compiled = (LanguageModel(Config(vocab_size=97, seq_len=16, d_model=32, n_layers=2, n_heads=2, d_seed=8, mode_width=1))
                        for _ in range(2))
     for layer in compiled.layers:
         layer.compile(fullgraph=True)
+    compiled.embed_tokens.compile_modes()
     ids = torch.randint(97, (2, 17))
     for m in (model, compiled):
         m(ids[:, :-1], ids[:, 1:]).backward()
