@@ -1,6 +1,6 @@
-"""Leviathan against its dense twins: `python bench.py speed`.
+"""Leviathan against its dense twins: `python bench.py speed`, and `python bench.py quality`, which quality.py carries out.
 
-Three sections (`--sections`), each a contest between processes that take turns (A B C A B C ...), so that whatever else
+Speed has three sections (`--sections`), each a contest between processes that take turns (A B C A B C ...), so that whatever else
 the machine does falls on all alike, and each has a peak memory of its own:
 
     models   a training step (forward, backward, AdamW) of each model of one shape
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import quality
 from leviathan import Config, InputError, LanguageModel, TokenGenerator, linear_cross_entropy
 from prepare_pile import documents, stdlib_files
 from train import choose_device, expected_memory, peak_flops
@@ -423,21 +424,27 @@ def plot_growth(rows: list[dict], path: Path, title: str):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Leviathan against its dense twins.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", choices=["speed"])
-    parser.add_argument("--sections", nargs="+", choices=["models", "pieces", "growth"], default=["models", "pieces", "growth"])
-    parser.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile blocks and modes; on CUDA if left out")
-    parser.add_argument("--shapes", nargs="+", metavar="DxL",
+    parser = argparse.ArgumentParser(description="Leviathan against its dense twins.", allow_abbrev=False)
+    how = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    speed_ = commands.add_parser("speed", help="time and memory of training steps and of their parts", **how)
+    speed_.add_argument("--sections", nargs="+", choices=["models", "pieces", "growth"], default=["models", "pieces", "growth"])
+    speed_.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
+    speed_.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile blocks and modes; on CUDA if left out")
+    speed_.add_argument("--shapes", nargs="+", metavar="DxL",
                         help="width x layers; 256x6, and on CUDA 1024x12 and 768x28, if left out")
-    parser.add_argument("--tokens", type=int, help="of a micro-batch; 4096, on CUDA 32768, if left out")
-    parser.add_argument("--vocab-size", type=int, default=200_019, help="ids")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each contestant, after one that is not")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", default=Path("out/speed"), help="write the figures there")
+    speed_.add_argument("--tokens", type=int, help="of a micro-batch; 4096, on CUDA 32768, if left out")
+    speed_.add_argument("--vocab-size", type=int, default=200_019, help="ids")
+    speed_.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
+    speed_.add_argument("--rounds", type=int, default=3, help="timed turns of each contestant, after one that is not")
+    speed_.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    speed_.add_argument("--plots", type=Path, metavar="FOLDER", default=Path("out/speed"), help="write the figures there")
+    quality.add_arguments(commands.add_parser("quality", help="losses of paired runs of train.py", **how))
     args = parser.parse_args()
+    (speed if args.what == "speed" else quality.main)(args)
+
+
+def speed(args):
     args.device = choose_device(args.device, 0)
     cuda = args.device.type == "cuda"
     args.tokens = args.tokens or (32_768 if cuda else 4_096)

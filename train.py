@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import addresses
 from leviathan import (
     PRESETS,
     Config,
@@ -59,6 +60,8 @@ class Training:
     isoparametric: bool = False         # deepen Leviathan to the size of its untied dense twin
     data: str = DEFAULT_DATA            # a folder that prepare_pile.py has written; the default is made when missing
     out: str | None = None              # folder of the run; None: out/<model>-<preset>
+    addresses: str = "id"               # id [P], shuffled, frequency or learned (addresses.py): which tokens share digits
+    start: str = "noise"                # noise, or vectors: codebooks or table start from those of addresses.py
     seed: int = 0                       # of the initial weights and of the order of the data
     steps: int | None = None            # optimizer steps, and the length of the cosine
     tokens_per_step: int | None = None  # over all ranks and micro-batches; a multiple of seq_len
@@ -79,8 +82,9 @@ class Training:
     compile: bool | None = None         # torch.compile blocks and modes; None: on CUDA
 
     def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise InputError(f"unknown preset {self.preset!r}: choose from {', '.join(PRESETS)}")
+        for name, choices in (("preset", PRESETS), ("addresses", addresses.ADDRESSES), ("start", addresses.STARTS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
         for name in ("steps", "tokens_per_step", "learning_rate"):
             setattr(self, name, PRESETS[self.preset][name] if getattr(self, name) is None else getattr(self, name))
         self.warmup_steps = min(1_000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
@@ -240,7 +244,12 @@ def main():
     if t.isoparametric and not checkpoint:
         config = replace(config, n_layers=isoparametric_depth(config))
     train_windows, val_windows = (Windows(t.data, split, config.seq_len) for split in ("train", "val"))
-    model = (LanguageModel.from_checkpoint(checkpoint) if checkpoint else LanguageModel(config, seed=t.seed)).to(device)
+    if rank == 0 and not checkpoint:
+        addresses.learn_where_needed(config, t.data, t.addresses, t.start)
+    if world > 1:
+        dist.barrier()
+    model = (LanguageModel.from_checkpoint(checkpoint) if checkpoint
+             else addresses.new_model(config, t.seed, t.data, t.addresses, t.start)).to(device)
     optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay), lr=t.learning_rate, betas=(t.beta1, t.beta2),
                                   fused=device.type != "mps")
     if checkpoint:

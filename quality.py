@@ -1,0 +1,205 @@
+"""What is learned: paired runs of train.py, their tables and figures. `python bench.py quality` calls this.
+
+An experiment is a few variants, each some flags of train.py on top of what all share. Every variant runs once for each seed:
+same tokens in the same order, same blocks and head at the start. Runs are JSON lines in OUT/runs, and one that is there is not
+run again, so a campaign can be stopped and gone on with; the most telling experiments stand first.
+"""
+import itertools
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from leviathan import InputError, LanguageModel
+from prepare_pile import Windows
+
+HERE = Path(__file__).parent
+VECTORS = "--addresses learned --start vectors"
+BODY = {"dense": "--model dense", "dense-untied": "--model dense-untied"}
+EXPERIMENTS = {
+    "iso-body": BODY | {"v1, width 1": "--mode-width 1", "v1, width 8": "", "v1, width 64": "--mode-width 64",
+                        "lev, width 64": "--generator lev --mode-width 64"},
+    "addresses": {"id": "", "shuffled": "--addresses shuffled", "frequency": "--addresses frequency",
+                  "learned": "--addresses learned", "learned, from vectors": VECTORS,
+                  "learned, from vectors, width 64": f"{VECTORS} --mode-width 64",
+                  "dense-untied": "--model dense-untied", "dense-untied, from vectors": "--model dense-untied --start vectors"},
+    "reading": {"ours": "", "literal": "--paper"},
+    "digits": {f"k = {k}, {name}": f"--n-coords {k} {flags}".strip() if k != 3 else flags
+               for k in (2, 3, 4) for name, flags in (("id", ""), ("learned, from vectors", VECTORS))},
+    "rate": {f"{name}, {rate:g}": f"{flags} --learning-rate {rate:g}".strip()
+             for name, flags in (BODY | {"v1": "", "v1, from vectors": VECTORS, "v1, literal": "--paper"}).items()
+             for rate in (1e-3, 2e-3, 4e-3, 8e-3)},
+}
+ONE_SEED = {"rate"}             # sweeps, from which only the best is repeated
+EVALUATED = 131_072             # validation tokens behind the losses by frequency
+
+
+@torch.no_grad()
+def by_frequency(model: LanguageModel, training: dict) -> list[dict]:
+    """Validation loss by how often the run has seen a token: never, or by decile of the tokens it has seen, rarest first.
+
+    Once with the token as target, once as the last of the context, whose embedding the generator makes.
+    """
+    T, V = model.config.seq_len, model.config.vocab_size
+    stream, val = (Windows(training["data"], split, T) for split in ("train", "val"))
+    positions = np.arange(training["steps"] * training["tokens_per_step"] // T)
+    seen = sum(np.bincount(stream.shuffled(part, training["seed"])[:, :-1].ravel(), minlength=V)
+               for part in np.array_split(positions, len(positions) // 256 + 1))
+    bucket = np.zeros(V, dtype=np.int64)            # 0: never seen; 1 ... 10: deciles of the others
+    order = np.argsort(seen, kind="stable")[(seen == 0).sum():]
+    bucket[order] = 1 + np.arange(len(order)) * 10 // len(order)
+    sums = {role: np.zeros((11, 2)) for role in ("target", "input")}
+    for part in np.array_split(np.linspace(0, len(val) - 1, min(len(val), EVALUATED // T)).astype(int), 16):
+        windows = torch.from_numpy(np.stack([val[i] for i in part]))
+        ids, targets = windows[:, :-1], windows[:, 1:]
+        losses = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").double().numpy()
+        for role, tokens in (("target", targets), ("input", ids)):
+            np.add.at(sums[role], bucket[tokens.flatten().numpy()], np.stack([losses, np.ones_like(losses)], axis=1))
+    return [dict(role=role, decile=d, tokens=int(n), loss=total / n if n else None)
+            for role, table in sums.items() for d, (total, n) in enumerate(table)]
+
+
+def run(flags: str, seed: int, folder: Path, threads: int) -> list[dict]:
+    """One run, made if it is not there. -> a line that describes it, then train.py's line for each step"""
+    file = folder / f"{re.sub('[^a-z0-9.]+', '-', flags.replace('--model', '')).strip('-') or 'default'}.seed-{seed}.jsonl"
+    if not file.exists():
+        scratch = folder / f"{file.stem}.running"
+        shutil.rmtree(scratch, ignore_errors=True)
+        command = f"{flags} --seed {seed} --out {scratch} --save-every 1000000".split()
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, HERE / "train.py", *command], capture_output=True, text=True,
+                              env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
+        seconds = time.perf_counter() - begun
+        if done.returncode:
+            raise InputError(f"the run {flags!r} of seed {seed} failed: {done.stderr.splitlines()[-1]}")
+        checkpoint = next(scratch.glob("step-*"))
+        about = json.loads((checkpoint / "config.json").read_text())
+        model = LanguageModel.from_checkpoint(checkpoint).eval()
+        head = dict(flags=flags, seed=seed, seconds=seconds, parameters=model.parameters_by_part(), config=about["config"],
+                    training=about["training"], by_frequency=by_frequency(model, about["training"]))
+        partial = file.with_suffix(".tmp")
+        partial.write_text(json.dumps(head) + "\n" + (scratch / "log.jsonl").read_text())
+        os.replace(partial, file)
+        shutil.rmtree(scratch)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    print(f"{lines[-1]['val_loss']:.4f}  {lines[0]['seconds']:5.0f} s  seed {seed}  {flags}", flush=True)
+    return lines
+
+
+def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs: int) -> dict:
+    """Run what is missing. -> {experiment: {variant: [lines of each seed's run]}}"""
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    wanted = [(name, variant, seed) for seed, name in itertools.product(range(seeds), names)
+              if not seed or name not in ONE_SEED for variant in EXPERIMENTS[name]]
+    flags = {(name, variant): f"{shared} {EXPERIMENTS[name][variant]}".strip() for name, variant, _ in wanted}
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {}
+        for name, variant, seed in wanted:
+            key = flags[name, variant], seed
+            futures[key] = futures.get(key) or pool.submit(run, *key, out / "runs", max(1, (os.cpu_count() or 1) // jobs))
+        results = {key: future.result() for key, future in futures.items()}
+    found = {name: {variant: [] for variant in EXPERIMENTS[name]} for name in names}
+    for name, variant, seed in wanted:
+        found[name][variant].append(results[flags[name, variant], seed])
+    return found
+
+
+# ---- what came out ---------------------------------------------------------------------------------------------------
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def as_table(variants: dict) -> str:
+    """Markdown: last validation loss, and its difference to the first variant's, paired by seed; ± one standard deviation."""
+    first = next(iter(variants))
+    lines = [f"| variant | embedding, M parameters | validation loss | to {first} | seeds |", "|---|---|---|---|---|"]
+    for name, runs in variants.items():
+        losses = [run[-1]["val_loss"] for run in runs]
+        gaps = [loss - run[-1]["val_loss"] for loss, run in zip(losses, variants[first])]
+        embedding = next(iter(runs[0][0]["parameters"].values())) / 1e6
+        lines.append(f"| {name} | {embedding:.2f} | {spread(losses)} | {spread(gaps) if name != first else ''} | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def figure(width: int):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(1, 2, figsize=(width, 4), layout="constrained", sharey=True)
+
+
+def plot_losses(variants: dict, path: Path, title: str):
+    """Validation loss against tokens and against time; the mean of the seeds, and a band from lowest to highest."""
+    fig, axes = figure(10)
+    for name, runs in variants.items():
+        steps = [[line for line in run[1:] if "val_loss" in line] for run in runs]
+        losses = np.array([[line["val_loss"] for line in lines] for lines in steps])
+        tokens = [line["tokens"] for line in steps[0]]
+        clock = np.array([np.cumsum([run[1]["tokens"] / line["tokens_per_second"] for line in run[1:]]) for run in runs]).mean(0)
+        seconds = [clock[line["step"] - 1] for line in steps[0]]
+        for ax, x in zip(axes, (tokens, seconds)):
+            drawn, = ax.plot(x, losses.mean(0), "o-", ms=3, label=name)
+            ax.fill_between(x, losses.min(0), losses.max(0), alpha=0.2, color=drawn.get_color(), lw=0)
+    axes[0].set(xlabel="training tokens", ylabel="validation loss, nats per token")
+    axes[1].set(xlabel="seconds of training steps")
+    axes[0].legend(fontsize=8)
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=150)
+
+
+def plot_frequency(variants: dict, path: Path, title: str):
+    """Difference in loss to the first variant, by how often a token was seen in training; the mean of the seeds and each seed."""
+    fig, axes = figure(10)
+    first, *others = variants
+    for ax, role in zip(axes, ("target", "input")):
+        table = {name: np.array([[line["loss"] for line in run[0]["by_frequency"] if line["role"] == role] for run in runs],
+                                dtype=float) for name, runs in variants.items()}
+        ax.axhline(0, color="gray", lw=1)
+        for name in others:
+            gaps = table[name] - table[first]
+            drawn, = ax.plot(range(11), gaps.mean(0), "o-", ms=3, label=name)
+            for gap in gaps:
+                ax.plot(range(11), gap, ".", ms=3, alpha=0.4, color=drawn.get_color())
+        ax.set(title=f"by the {role} token", xlabel="never seen, then deciles of seen tokens, rarest first")
+    axes[0].set_ylabel(f"loss less that of {first}")
+    axes[0].legend(fontsize=8)
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=150)
+
+
+def add_arguments(parser):
+    parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=["iso-body", "addresses"])
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--train", default="", metavar="FLAGS", help="flags of train.py that all runs share")
+    parser.add_argument("--quick", action="store_true", help="iso-body, one seed, 200 steps of 2,048 tokens")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
+    parser.add_argument("--out", type=Path, default=Path("out/quality"), help="runs, tables and figures")
+
+
+def main(args):
+    if args.quick:
+        args.experiments, args.seeds = ["iso-body"], 1
+        args.train = f"--steps 200 --tokens-per-step 2048 --eval-tokens 16384 {args.train}".strip()
+    if args.seeds < 1 or args.jobs < 1:
+        raise InputError("--seeds and --jobs must be at least 1")
+    tables = []
+    for name, variants in campaign(args.experiments, args.train, args.seeds, args.out, args.jobs).items():
+        flags = next(iter(variants.values()))[0][0]["training"]
+        title = f"{name}: {flags['preset']}, {flags['steps']:,} steps of {flags['tokens_per_step']:,} tokens, {flags['data']}"
+        plot_losses(variants, args.out / f"{name}.png", title)
+        if len(variants) > 1:
+            plot_frequency(variants, args.out / f"{name}-frequency.png", title)
+        tables.append(f"{title}\n\n{as_table(variants)}\n")
+        print("\n" + tables[-1], flush=True)
+    (args.out / "tables.md").write_text("\n".join(tables), encoding="utf-8")
