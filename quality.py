@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 from leviathan import InputError, LanguageModel
 from prepare_pile import Windows
+from train import choose_device
 
 HERE = Path(__file__).parent
 VECTORS = "--addresses learned --start vectors"
@@ -50,7 +52,7 @@ def by_frequency(model: LanguageModel, training: dict) -> list[dict]:
 
     Once with the token as target, once as the last of the context, whose embedding the generator makes.
     """
-    T, V = model.config.seq_len, model.config.vocab_size
+    T, V, device = model.config.seq_len, model.config.vocab_size, next(model.parameters()).device
     stream, val = (Windows(training["data"], split, T) for split in ("train", "val"))
     positions = np.arange(training["steps"] * training["tokens_per_step"] // T)
     seen = sum(np.bincount(stream.shuffled(part, training["seed"])[:, :-1].ravel(), minlength=V)
@@ -59,23 +61,24 @@ def by_frequency(model: LanguageModel, training: dict) -> list[dict]:
     order = np.argsort(seen, kind="stable")[(seen == 0).sum():]
     bucket[order] = 1 + np.arange(len(order)) * 10 // len(order)
     sums = {role: np.zeros((11, 2)) for role in ("target", "input")}
-    for part in np.array_split(np.linspace(0, len(val) - 1, min(len(val), EVALUATED // T)).astype(int), 16):
+    evaluated = np.linspace(0, len(val) - 1, min(len(val), max(1, EVALUATED // T))).astype(int)
+    for part in np.array_split(evaluated, -(-len(evaluated) * T * V // 2**28)):         # a gigabyte of logits at once
         windows = torch.from_numpy(np.stack([val[i] for i in part]))
-        ids, targets = windows[:, :-1], windows[:, 1:]
-        losses = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").double().numpy()
+        ids, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
+        losses = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").double().cpu().numpy()
         for role, tokens in (("target", targets), ("input", ids)):
-            np.add.at(sums[role], bucket[tokens.flatten().numpy()], np.stack([losses, np.ones_like(losses)], axis=1))
+            np.add.at(sums[role], bucket[tokens.flatten().cpu().numpy()], np.stack([losses, np.ones_like(losses)], axis=1))
     return [dict(role=role, decile=d, tokens=int(n), loss=total / n if n else None)
             for role, table in sums.items() for d, (total, n) in enumerate(table)]
 
 
-def run(flags: str, seed: int, folder: Path, threads: int) -> list[dict]:
+def run(flags: str, seed: int, shared: str, folder: Path, threads: int) -> list[dict]:
     """One run, made if it is not there. -> a line that describes it, then train.py's line for each step"""
     file = folder / f"{re.sub('[^a-z0-9.]+', '-', flags.replace('--model', '')).strip('-') or 'default'}.seed-{seed}.jsonl"
     if not file.exists():
         scratch = folder / f"{file.stem}.running"
         shutil.rmtree(scratch, ignore_errors=True)
-        command = f"{flags} --seed {seed} --out {scratch} --save-every 1000000".split()
+        command = [*shlex.split(shared), *flags.split(), "--seed", str(seed), "--out", scratch, "--save-every", "1000000"]
         begun = time.perf_counter()
         done = subprocess.run([sys.executable, HERE / "train.py", *command], capture_output=True, text=True,
                               env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
@@ -84,14 +87,16 @@ def run(flags: str, seed: int, folder: Path, threads: int) -> list[dict]:
             raise InputError(f"the run {flags!r} of seed {seed} failed: {done.stderr.splitlines()[-1]}")
         checkpoint = next(scratch.glob("step-*"))
         about = json.loads((checkpoint / "config.json").read_text())
-        model = LanguageModel.from_checkpoint(checkpoint).eval()
-        head = dict(flags=flags, seed=seed, seconds=seconds, parameters=model.parameters_by_part(), config=about["config"],
-                    training=about["training"], by_frequency=by_frequency(model, about["training"]))
+        model = LanguageModel.from_checkpoint(checkpoint, choose_device(about["training"]["device"], 0)).eval()
+        head = dict(flags=flags, shared=shared, seed=seed, seconds=seconds, parameters=model.parameters_by_part(),
+                    config=about["config"], training=about["training"], by_frequency=by_frequency(model, about["training"]))
         partial = file.with_suffix(".tmp")
         partial.write_text(json.dumps(head) + "\n" + (scratch / "log.jsonl").read_text())
         os.replace(partial, file)
         shutil.rmtree(scratch)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
+    if lines[0]["shared"] != shared:
+        raise InputError(f"{file} was run with --train {lines[0]['shared']!r}, not {shared!r}: name another --out")
     print(f"{lines[-1]['val_loss']:.4f}  {lines[0]['seconds']:5.0f} s  seed {seed}  {flags}", flush=True)
     return lines
 
@@ -101,16 +106,15 @@ def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs: int) ->
     (out / "runs").mkdir(parents=True, exist_ok=True)
     wanted = [(name, variant, seed) for seed, name in itertools.product(range(seeds), names)
               if not seed or name not in ONE_SEED for variant in EXPERIMENTS[name]]
-    flags = {(name, variant): f"{shared} {EXPERIMENTS[name][variant]}".strip() for name, variant, _ in wanted}
     with ThreadPoolExecutor(jobs) as pool:
         futures = {}
         for name, variant, seed in wanted:
-            key = flags[name, variant], seed
-            futures[key] = futures.get(key) or pool.submit(run, *key, out / "runs", max(1, (os.cpu_count() or 1) // jobs))
+            key, threads = (EXPERIMENTS[name][variant], seed), max(1, (os.cpu_count() or 1) // jobs)
+            futures[key] = futures.get(key) or pool.submit(run, *key, shared, out / "runs", threads)
         results = {key: future.result() for key, future in futures.items()}
     found = {name: {variant: [] for variant in EXPERIMENTS[name]} for name in names}
     for name, variant, seed in wanted:
-        found[name][variant].append(results[flags[name, variant], seed])
+        found[name][variant].append(results[EXPERIMENTS[name][variant], seed])
     return found
 
 

@@ -33,6 +33,11 @@ def test_a_campaign_is_gone_on_with(tiny_data, tmp_path, monkeypatch, capsys):
         assert (tmp_path / figure).stat().st_size > 10_000
 
 
+    monkeypatch.setattr(sys, "argv", ["bench.py", "quality", *flags, "--train", f"{TINY} --data {tiny_data} --clip 2"])
+    with pytest.raises(InputError, match="was run with --train .*: name another --out"):
+        bench.main()
+
+
 def test_loss_by_frequency(tiny_data):
     """Against a loop: the bucket of a token is 0 if the run has not seen it, else its decile among the tokens that it has."""
     model = LanguageModel(Config(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1))
