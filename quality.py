@@ -200,7 +200,8 @@ def main(args):
     tables = []
     for name, variants in campaign(args.experiments, args.train, args.seeds, args.out, args.jobs).items():
         flags = next(iter(variants.values()))[0][0]["training"]
-        title = f"{name}: {flags['preset']}, {flags['steps']:,} steps of {flags['tokens_per_step']:,} tokens, {flags['data']}"
+        title = (f"{name}: {flags['preset']}, {flags['steps']:,} steps of {flags['tokens_per_step']:,} tokens, "
+                 f"{Path(flags['data']).name}")
         plot_losses(variants, args.out / f"{name}.png", title)
         if len(variants) > 1:
             plot_frequency(variants, args.out / f"{name}-frequency.png", title)
