@@ -1,15 +1,15 @@
 """Addresses learned from the data, before training starts: tokens that are used alike share digits [O].
 
-    python addresses.py data/mine           # -> data/mine/addresses-3.npz, which train.py --addresses learned reads
+    python addresses.py data/mine           # -> data/mine/addresses-3x256x128.npz, which train.py reads
 
 The paper's address of a token is its id [P], so that which tokens share a codebook row is an accident of the tokenizer.
 Here it follows from what stands beside a token:
 
     shards -> co-occurrence with the tokens up to two places away -> PPMI -> truncated SVD: a vector for each token
-           -> residual quantisation into k digits of b values, one token to an address
+           -> additive quantisation into k digits of b values, one token to an address
 
-In z = Σ_j C_j[i_j] a codebook row means the same whatever the other digits are, and so do the centroids of residual
-quantisation: z can start as the vector's approximation (--start vectors).
+In z = Σ_j C_j[i_j] a codebook row means the same whatever the other digits are, and so do the centroids of additive
+quantisation: z can start as the vector's approximation (`--start vectors`).
 """
 import argparse
 import os
@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from leviathan import Config, InputError, LanguageModel
+from leviathan import Config, InputError, LanguageModel, digits, smallest_base
 from prepare_pile import Windows, read_meta
 
 ADDRESSES = {"id": "the id itself [P]", "shuffled": "in any order", "frequency": "the rank by frequency", "learned": "by use"}
-STARTS = {"noise": "as if nothing were known", "vectors": "from the vectors that addresses are learned from"}
+STARTS = {"noise": "as if nothing were known", "vectors": "codebooks, or a table, from what addresses are learned from"}
+BASE = 256                      # values of a learned digit: more than the smallest base that has room, since rows are cheap
 OFFSETS = (-2, -1, 1, 2)        # places of the context
 CONTEXTS = 8_192                # the most frequent tokens, which alone count as context
 CHUNK = 2**23                   # tokens counted at once
@@ -127,39 +128,64 @@ def ranks(counts):
     return counts.argsort(descending=True, stable=True).argsort()
 
 
-def quantise(vectors, counts, base: int, n_coords: int, seed: int = 0):
-    """Residual quantisation, one token to an address. -> addresses (V), codebooks (k, b, d)"""
-    V, residual = len(vectors), vectors.clone()
-    weight = counts.float().sqrt() + 1e-3
-    addresses, codebooks = torch.zeros(V, dtype=torch.long), []
-    for j in range(n_coords):
-        centroids = k_means(residual, weight, base, seed + j) if V > base else F.pad(residual, (0, 0, 0, base - V))
-        digit = assign(nearest(residual, centroids, base), addresses, base ** (n_coords - 1 - j), ranks(counts))
-        codebooks.append(means(residual, weight, digit, centroids))
-        residual = residual - codebooks[-1][digit]
-        addresses = addresses * base + digit
-    return addresses, torch.stack(codebooks)
+def quantise(vectors, counts, base: int, n_coords: int, seed: int = 0, sweeps: int = 10):
+    """Additive quantisation, one token to an address. -> addresses (V)
+
+    Residual quantisation finds the digits one after the other; then each in turn is chosen again, given the others.
+    """
+    if n_coords == 1:
+        return torch.arange(len(vectors))
+    weight, powers = weights(counts), base ** torch.arange(n_coords - 1, -1, -1)
+    addresses, codebooks = torch.zeros(len(vectors), dtype=torch.long), torch.zeros(n_coords, base, vectors.shape[1])
+    for sweep in range(1 + sweeps):
+        for j, power in enumerate(powers):
+            digit = addresses // power % base
+            others, residual = addresses - digit * power, vectors - approximate(addresses, codebooks) + codebooks[j, digit]
+            if sweep == 0:                  # as many may share this digit as those behind it, still 0, can tell apart
+                codebooks[j], room = k_means(residual, weight, base, seed + j), power
+            else:
+                room = 1
+            digit = assign(nearest(residual, codebooks[j], base), others, room, ranks(counts))
+            addresses = others + digit * power
+            codebooks[j] = means(residual, weight, digit, codebooks[j])
+    return addresses
+
+
+def weights(counts):
+    """What a token counts for: more than one in the vocabulary, less than one in the text. (V) -> (V)"""
+    return counts.float().sqrt() + 1e-3
+
+
+def centroids(vectors, counts, addresses, base: int, n_coords: int, sweeps: int = 10):
+    """Codebooks whose sums come nearest to the vectors, for any addresses: each in turn, given the others. -> (k, b, d)"""
+    codebooks = torch.zeros(n_coords, base, vectors.shape[1])
+    for _ in range(sweeps if n_coords > 1 else 1):
+        for j, digit in enumerate(digits(addresses, base, n_coords).T):
+            residual = vectors - approximate(addresses, codebooks) + codebooks[j, digit]
+            codebooks[j] = means(residual, weights(counts), digit, codebooks[j])
+    return codebooks
 
 
 def approximate(addresses, codebooks):
-    """Σ_j C_j[i_j], most significant digit first. (V), (k, b, d) -> (V, d)"""
+    """Σ_j C_j[i_j]. (V), (k, b, d) -> (V, d)"""
     k, b, _ = codebooks.shape
-    return sum(codebooks[j][addresses // b ** (k - 1 - j) % b] for j in range(k))
+    return sum(codebook[digit] for codebook, digit in zip(codebooks, digits(addresses, b, k).T))
 
 
 # ---- files, and what train.py takes from them ------------------------------------------------------------------------
 
 def learn(folder: Path, config: Config, sample: int = 100_000_000) -> Path:
-    """Write addresses, codebooks and vectors for the shape (V, k, b, d_seed) of `config` beside the shards. -> the file"""
+    """Write addresses and vectors for the shape (V, k, b, d_seed) of `config` beside the shards. -> the file"""
     pairs, counts = cooccurrence(folder, sample)
     vectors = token_vectors(ppmi(pairs), config.d_seed)
-    addresses, codebooks = quantise(vectors, counts, config.base, config.n_coords)
+    addresses = quantise(vectors, counts, config.base, config.n_coords)
+    codebooks = centroids(vectors, counts, addresses, config.base, config.n_coords)
     left = (vectors - approximate(addresses, codebooks)).square().sum(1)
     explained = 1 - (left * counts).sum() / (vectors.square().sum(1) * counts).sum()
     print(f"{config.n_coords} x {config.base} codebook rows explain {explained:.1%} of the vectors of the text's tokens")
     path = file_of(folder, config)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, addresses=addresses.numpy(), codebooks=codebooks.numpy(), vectors=vectors.numpy(), counts=counts.numpy())
+    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
+    np.savez(partial, addresses=addresses.numpy(), vectors=vectors.numpy(), counts=counts.numpy())
     os.replace(partial, path)
     return path
 
@@ -171,8 +197,8 @@ def file_of(folder, config: Config) -> Path:
 def learned(folder, config: Config) -> dict[str, torch.Tensor]:
     """What `learn` wrote. Raises InputError where it is damaged or of other data."""
     path = file_of(folder, config)
-    shapes = dict(addresses=(config.vocab_size,), vectors=(config.vocab_size, config.d_seed),
-                  codebooks=(config.n_coords, config.base, config.d_seed), counts=(config.vocab_size,))
+    V = config.vocab_size
+    shapes = dict(addresses=(V,), vectors=(V, config.d_seed), counts=(V,))
     try:
         with np.load(path) as file:
             found = {name: torch.from_numpy(file[name]) for name in shapes}
@@ -182,17 +208,21 @@ def learned(folder, config: Config) -> dict[str, torch.Tensor]:
     return found
 
 
+def learned_base(vocab_size: int, n_coords: int) -> int:
+    return max(BASE, smallest_base(vocab_size, n_coords))
+
+
 def learn_where_needed(config: Config, folder, addresses: str, start: str):
     """Before new_model, in one process alone: make the file that it reads, if it reads one and there is none."""
-    if start == "vectors" or config.model == "leviathan" and addresses in ("frequency", "learned"):
+    if start != "noise" or config.model == "leviathan" and addresses in ("frequency", "learned"):
         if not file_of(folder, config).exists():
             learn(folder, config)
 
 
 def new_model(config: Config, seed: int, folder, addresses: str = "id", start: str = "noise") -> LanguageModel:
     """A model before training. Raises InputError."""
-    if start == "vectors" and config.model == "dense":
-        raise InputError("--start vectors: a tied table is the head too; choose --model dense-untied or leviathan")
+    if start != "noise" and config.model == "dense":
+        raise InputError(f"--start {start}: a tied table is the head too; choose --model dense-untied or leviathan")
     V, chosen = config.vocab_size, None
     if config.model == "leviathan" and addresses == "shuffled":
         chosen = torch.randperm(V, generator=torch.Generator().manual_seed(0))
@@ -201,39 +231,37 @@ def new_model(config: Config, seed: int, folder, addresses: str = "id", start: s
     elif config.model == "leviathan" and addresses == "learned":
         chosen = learned(folder, config)["addresses"]
     model = LanguageModel(config, seed=seed, addresses=chosen)
-    if start == "vectors":
+    if start != "noise":
         start_from_vectors(model, learned(folder, config))
     return model
 
 
 @torch.no_grad()
 def start_from_vectors(model: LanguageModel, found: dict, scale: float = 0.02):
-    """Let the codebooks start as the quantisation's centroids, or a table as the vectors, at the scale that they start at anyway.
+    """Let codebooks start as centroids of the vectors, or a table as the vectors, at the scale that they start at anyway.
 
     A table of other width than the vectors takes them through a random rotation; tokens never seen keep their noise.
     """
-    if model.config.model == "leviathan":
-        codebooks = found["codebooks"]
-        model.embed_tokens.codebooks.copy_(codebooks * scale / codebooks[0].square().mean().sqrt())
+    vectors, c, embed = found["vectors"], model.config, model.embed_tokens
+    if c.model == "leviathan":
+        codebooks = centroids(vectors, found["counts"], embed.addresses, c.base, c.n_coords)
+        embed.codebooks.copy_(codebooks * scale / codebooks[0].square().mean().sqrt())
         return
-    table, vectors = model.embed_tokens.weight, found["vectors"]
-    rotation = torch.empty(vectors.shape[1], table.shape[1])
-    nn.init.orthogonal_(rotation, generator=torch.Generator().manual_seed(0))
-    rows = vectors @ rotation
-    seen = vectors.any(1)
-    table[seen] = rows[seen] * scale / rows[seen].square().mean().sqrt()
+    rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], c.d_model), generator=torch.Generator().manual_seed(0))
+    seen, rows = vectors.any(1), vectors @ rotation
+    embed.weight[seen] = rows[seen] * scale / rows[seen].square().mean().sqrt()
 
 
 def main():
     parser = argparse.ArgumentParser(description="Learn addresses, and vectors to start from, from prepared shards.")
     parser.add_argument("data", type=Path, help="a folder that prepare_pile.py has written")
     parser.add_argument("--n-coords", type=int, default=3, help="digits [%(default)s]")
-    parser.add_argument("--base", type=int, help="values of a digit [the smallest that gives each token an address]")
+    parser.add_argument("--base", type=int, help=f"values of a digit [{BASE}, or more where the vocabulary needs it]")
     parser.add_argument("--d-seed", type=int, default=128, help="numbers in a vector [%(default)s]")
     parser.add_argument("--sample", type=int, default=100_000_000, help="tokens to count, from all over the shards [%(default)s]")
     args = parser.parse_args()
     V = read_meta(args.data)["tokenizer"]["vocab_size"]
-    config = Config(vocab_size=V, n_coords=args.n_coords, base=args.base, d_seed=args.d_seed)
+    config = Config(vocab_size=V, n_coords=args.n_coords, base=args.base or learned_base(V, args.n_coords), d_seed=args.d_seed)
     print(f"written: {learn(args.data, config, args.sample)}")
 
 

@@ -231,8 +231,7 @@ class PlainGenerator(TokenGenerator):
         address = self.addresses[ids.flatten()].unsqueeze(-1)
         digits = address // torch.tensor([c.base**j for j in reversed(range(c.n_coords))], device=ids.device) % c.base
         z = torch.stack([codebook[digit] for codebook, digit in zip(self.codebooks, digits.T)]).sum(0)
-        z = F.layer_norm(torch.einsum("us,pts->upt", z, self.seed_proj), (c.d_seed,)) * self.seed_norm_weight + self.seed_norm_bias
-        latent = torch.sigmoid(self.slope * z)
+        latent = self.squash(torch.einsum("us,pts->upt", z, self.seed_proj))
         t = (latent.unsqueeze(-1) * (c.n_knots - 1) - torch.arange(c.n_knots, device=ids.device)).abs()
         basis = torch.where(t < 0.5, 0.75 - t**2, torch.where(t < 1.5, (1.5 - t)**2 / 2, 0))
         basis = basis / basis.sum(-1, keepdim=True)

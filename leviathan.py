@@ -55,9 +55,9 @@ GENERATORS = {  # slope: the sigmoid's argument is slope * LayerNorm
 }
 PRESETS = {  # shape (Config), then recipe (train.py). The first two are [O]; below, D is [P], depth [R], the recipe [O],
     # but for 512 x 512 tokens a step [P] and about 20 tokens per parameter [R, from v2]. Sizes are Leviathan's.
-    "nano":  dict(d_model=128, n_layers=4, seq_len=128, mode_width=8,
+    "nano":  dict(d_model=128, n_layers=4, seq_len=128, mode_width=32,
                   learning_rate=4e-3, tokens_per_step=4_096, steps=300),
-    "micro": dict(d_model=256, n_layers=6, seq_len=256, mode_width=16,
+    "micro": dict(d_model=256, n_layers=6, seq_len=256, mode_width=32,
                   learning_rate=2e-3, tokens_per_step=32_768, steps=600),
     "60m":   dict(d_model=256, n_layers=6, seq_len=512, mode_width=64,       # isoparametric: 52 layers, 108.5M [P]
                   learning_rate=1e-3, tokens_per_step=262_144, steps=4_600),
@@ -79,7 +79,7 @@ class Config:
     d_model: int = 256              # D: width
     n_layers: int = 6               # decoder blocks of 16 D^2 parameters each [R]
     n_heads: int | None = None      # None: D / 64 [O]
-    generator: str = "v1"           # v1 | lev: the paper's first or second version of the method
+    generator: str = "lev"          # v1 | lev: the paper's first or second version of the method
     n_coords: int = 3               # k: digits of a token's address [P]
     base: int | None = None         # b: None for the smallest with b^k >= V [P]
     d_seed: int = 128               # seed dimensions, factors of every product [P]
@@ -180,7 +180,7 @@ class TokenGenerator(nn.Module):
     ELEMENTS_PER_CHUNK = {"cpu": 2**21}    # spline values held at once: what fits a CPU's cache, ...
     DEFAULT_ELEMENTS = 2**27               # ... and half a gigabyte of float32 elsewhere
 
-    def __init__(self, vocab_size: int, d_model: int, generator: str = "v1", *, n_coords: int = 3, base: int | None = None,
+    def __init__(self, vocab_size: int, d_model: int, generator: str = "lev", *, n_coords: int = 3, base: int | None = None,
                  d_seed: int = 128, n_knots: int | None = None, n_modes: int = 8, mode_width: int = 64,
                  paper: bool = False, addresses=None, seed: int = 0):
         super().__init__()
@@ -225,28 +225,38 @@ class TokenGenerator(nn.Module):
 
     def rows(self, ids):
         """Embeddings of a list of ids, in float32 or better whatever the autocast [O]. (U) -> (U, D)"""
-        wide = torch.promote_types(self.splines.dtype, torch.float32)       # a bfloat16 product of 128 errs by 2 %
         with torch.autocast(ids.device.type, enabled=False) if ids.device.type != "meta" else nullcontext():
             address = self.addresses.index_select(0, ids.long())
-            latent = self.latent(digits(address, self.config.base, self.config.n_coords), wide)
+            latent = self.latent(digits(address, self.config.base, self.config.n_coords))
             return self.aggregate(latent, self.modes(latent)).to(self.splines.dtype)
+
+    def from_seeds(self, seeds):
+        """Embeddings of tokens that have a seed z of their own instead of digits: how one is added after training [O].
+
+        (U, d_seed) -> (U, D)
+        """
+        latent = self.squash(torch.einsum("us,pts->upt", seeds, self.seed_proj))
+        return self.aggregate(latent, self.modes(latent))
 
     @torch.no_grad()
     def table(self):
         """The rows of all ids: what `nn.Embedding` would hold. -> (V, D)"""
         return torch.cat([self.rows(ids) for ids in torch.arange(self.num_embeddings, device=self.addresses.device).split(8_192)])
 
-    def latent(self, digits, dtype=None):
+    def latent(self, digits):
         """ẑ = sigmoid(slope * LN(W_seed Σ_j C_j[i_j])), in (0, 1) [P]. (U, k) -> (U, P, d_seed)
 
         W_seed is applied to the k·b codebook rows before they are summed: the same by linearity, and far fewer rows.
         """
-        codebooks, seed_proj, weight, bias = (
-            p.to(dtype) for p in (self.codebooks, self.seed_proj, self.seed_norm_weight, self.seed_norm_bias))
-        k, b, _ = codebooks.shape
-        projected = torch.einsum("kbs,pts->kbpt", codebooks, seed_proj).reshape(k * b, -1)             # (k*b, P*d_seed)
+        wide = torch.promote_types(self.splines.dtype, torch.float32)       # a bfloat16 product of 128 errs by 2 %
+        k, b, _ = self.codebooks.shape
+        projected = torch.einsum("kbs,pts->kbpt", self.codebooks.to(wide), self.seed_proj.to(wide)).reshape(k * b, -1)
         rows = digits + b * torch.arange(k, device=digits.device)                                      # (U, k)
-        z = F.embedding(rows, projected).sum(1).unflatten(-1, weight.shape)                            # (U, P, d_seed)
+        return self.squash(F.embedding(rows, projected).sum(1).unflatten(-1, self.seed_norm_weight.shape))
+
+    def squash(self, z):
+        """LayerNorm and sigmoid, of each seed projection [P]. (U, P, d_seed) -> (U, P, d_seed)"""
+        weight, bias = self.seed_norm_weight.to(z.dtype), self.seed_norm_bias.to(z.dtype)
         return torch.sigmoid(self.slope * (F.layer_norm(z, z.shape[-1:]) * weight + bias))
 
     def modes(self, latent):
@@ -428,12 +438,15 @@ class LanguageModel(nn.Module):
         if self.materialized and torch.is_grad_enabled() and (self.training or targets is not None):
             raise InputError("a materialized model has lost its generator and cannot be trained: load its checkpoint again, or "
                              "compute under torch.no_grad()")
-        cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]
-        x = self.embed_tokens(ids)                                              # (B, T, D)
+        x = self.hidden(self.embed_tokens(ids))                                 # (B, T, D)
+        return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+
+    def hidden(self, x):
+        """The decoder between its two ends, embedding and head. (B, T, D) -> (B, T, D)"""
+        cos, sin = self.cos[:x.shape[1]], self.sin[:x.shape[1]]
         for layer in self.layers:
             x = layer(x, cos, sin)
-        x = self.norm(x)
-        return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+        return self.norm(x)
 
     def compile_parts(self):
         """torch.compile in place what repeats: each block, so that one compilation serves all, and the generator's modes."""
@@ -482,12 +495,13 @@ class LanguageModel(nn.Module):
         c, parts = self.config, self.parameters_by_part()
         return 6 * (parts["blocks"] + parts["head"]) + 12 * c.n_layers * c.d_model * c.seq_len
 
-    def decay_groups(self, weight_decay: float) -> list[dict]:
+    def decay_groups(self, weight_decay: float, decay_splines: bool = False) -> list[dict]:
         """AdamW's groups: matrices decay; norms, codebooks and splines do not.
 
         A spline is neutral at 1, not at 0: decayed by 10 % each, a product of 128 of them vanishes (1e-6).
         """
-        decays = lambda name, p: p.ndim >= 2 and not any(part in name for part in ("norm", "codebooks", "splines"))   # noqa: E731
+        spared = ("norm",) if decay_splines else ("norm", "codebooks", "splines")
+        decays = lambda name, p: p.ndim >= 2 and not any(part in name for part in spared)      # noqa: E731
         named = list(self.named_parameters())
         return [dict(params=[p for name, p in named if decays(name, p)], weight_decay=weight_decay),
                 dict(params=[p for name, p in named if not decays(name, p)], weight_decay=0.0)]

@@ -26,23 +26,32 @@ from prepare_pile import Windows
 from train import choose_device
 
 HERE = Path(__file__).parent
-VECTORS = "--addresses learned --start vectors"
 BODY = {"dense": "--model dense", "dense-untied": "--model dense-untied"}
+CONTROL = {"dense-untied, from vectors": "--model dense-untied --start vectors"}       # the same knowledge in a table
+V1 = "--generator v1 --mode-width 8"    # the cheapest reading, on which one thing at a time is changed
+SMALLEST = "--base 21"                  # with three digits, of a vocabulary of 8,192
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 EXPERIMENTS = {
-    "iso-body": BODY | {"v1, width 1": "--mode-width 1", "v1, width 8": "", "v1, width 64": "--mode-width 64",
-                        "lev, width 64": "--generator lev --mode-width 64"},
-    "addresses": {"id": "", "shuffled": "--addresses shuffled", "frequency": "--addresses frequency",
-                  "learned": "--addresses learned", "learned, from vectors": VECTORS,
-                  "learned, from vectors, width 64": f"{VECTORS} --mode-width 64",
-                  "dense-untied": "--model dense-untied", "dense-untied, from vectors": "--model dense-untied --start vectors"},
-    "reading": {"ours": "", "literal": "--paper"},
-    "digits": {f"k = {k}, {name}": f"--n-coords {k} {flags}".strip() if k != 3 else flags
-               for k in (2, 3, 4) for name, flags in (("id", ""), ("learned, from vectors", VECTORS))},
-    "rate": {f"{name}, {rate:g}": f"{flags} --learning-rate {rate:g}".strip()
-             for name, flags in (BODY | {"v1": "", "v1, from vectors": VECTORS, "v1, literal": "--paper"}).items()
-             for rate in (1e-3, 2e-3, 4e-3, 8e-3)},
+    "rate": {f"{name}, {rate:g}": flags if rate == 4e-3 else f"{flags} --learning-rate {rate:g}".strip() for name, flags in (
+        BODY | CONTROL | {"paper v1, width 8": f"--paper {V1}", "v1, width 8": V1, "ours": ""}).items() for rate in RATES},
+    "iso-body": BODY | CONTROL | {
+        "paper v1, width 1": "--paper --generator v1 --mode-width 1", "paper v1, width 8": f"--paper {V1}",
+        "paper v1, width 64": "--paper --generator v1 --mode-width 64", "paper lev, width 64": "--paper --mode-width 64",
+        "ours": ""},
+    "reading": BODY | CONTROL | {           # from the literal reading to ours, one step at a time
+        "literal, splines decayed": f"--paper {V1} --decay-splines", "literal": f"--paper {V1}",
+        "centred, small start": f"{V1} --addresses id", "learned addresses": f"{V1} {SMALLEST} --start noise",
+        "base 256": f"{V1} --start noise", "start from vectors": V1, "lev": "--mode-width 8", "width 32 (ours)": ""},
+    "addresses": BODY | CONTROL | {
+        "id": f"{V1} --addresses id", "shuffled": f"{V1} --addresses shuffled", "frequency": f"{V1} --addresses frequency",
+        "learned": f"{V1} {SMALLEST} --start noise", "id, from vectors": f"{V1} {SMALLEST} --addresses id --start vectors",
+        "learned, from vectors": f"{V1} {SMALLEST}", "the same, base 64": f"{V1} --base 64", "the same, base 256": V1},
+    "digits": {f"k = {k}, {name}": " ".join(f"{V1} {flags} {'' if k == 3 else f'--n-coords {k}'}".split())
+               for name, flags in (("id", "--addresses id"), ("learned, from vectors, base 256", "")) for k in (1, 2, 3, 4)},
+    "isoparametric": BODY | CONTROL | {"ours": "", "ours, deepened": "--isoparametric"},
+    "vocabulary": BODY | CONTROL | {"paper v1, width 8": f"--paper {V1}", "ours": ""},
 }
-ONE_SEED = {"rate"}             # sweeps, from which only the best is repeated
+ONE_SEED = {"rate"}             # a sweep, of which only the best is repeated
 EVALUATED = 131_072             # validation tokens behind the losses by frequency
 
 
@@ -90,10 +99,12 @@ def run(flags: str, seed: int, shared: str, folder: Path, threads: int) -> list[
         model = LanguageModel.from_checkpoint(checkpoint, choose_device(about["training"]["device"], 0)).eval()
         head = dict(flags=flags, shared=shared, seed=seed, seconds=seconds, parameters=model.parameters_by_part(),
                     config=about["config"], training=about["training"], by_frequency=by_frequency(model, about["training"]))
-        partial = file.with_suffix(".tmp")
+        partial, kept = file.with_suffix(".tmp"), file.with_suffix("")
         partial.write_text(json.dumps(head) + "\n" + (scratch / "log.jsonl").read_text())
+        (checkpoint / "optimizer.pt").unlink()
+        shutil.rmtree(kept, ignore_errors=True)
+        scratch.rename(kept)                        # the model stays beside its numbers
         os.replace(partial, file)
-        shutil.rmtree(scratch)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     if lines[0]["shared"] != shared:
         raise InputError(f"{file} was run with --train {lines[0]['shared']!r}, not {shared!r}: name another --out")

@@ -154,6 +154,15 @@ def test_generator_stands_in_for_an_embedding():
 
 
 @pytest.mark.parametrize("generator", ["v1", "lev"])
+def test_a_seed_stands_in_for_digits(generator):
+    """The sum of a token's codebook rows, given as a seed, is that token: so a token without digits can be added."""
+    g = tiny_generator(generator=generator)
+    ids = torch.tensor([3, 50, 96])
+    seeds = sum(codebook[digit] for codebook, digit in zip(g.codebooks, digits(ids, g.config.base, g.config.n_coords).T))
+    torch.testing.assert_close(g.from_seeds(seeds), g(ids))
+
+
+@pytest.mark.parametrize("generator", ["v1", "lev"])
 def test_tokens_start_apart_and_at_a_tables_scale(generator):
     """Mean cosine between the embeddings of different tokens at the start: the literal reading and ours."""
     ids = torch.arange(0, 200_019, 1_001)
@@ -187,7 +196,7 @@ def test_sizes_and_isoparametric_depths_are_the_papers(preset, tied, untied, dee
     Depths and dense sizes are exact; Leviathan's come to within 0.5 M, its generator being reconstructed [R].
     """
     def shape(**overrides):
-        return Config.from_preset(preset, vocab_size=200_376, **overrides)
+        return Config.from_preset(preset, vocab_size=200_376, generator="v1", **overrides)
 
     def millions(**overrides):
         with torch.device("meta"):
@@ -254,6 +263,8 @@ def test_splines_and_codebooks_do_not_decay():
     assert len(decayed) + len(free) == len(names)
     assert {name for name in free if "norm" not in name} == {"embed_tokens.codebooks", "embed_tokens.splines"}
     assert not any("norm" in name for name in decayed)
+    against_advice = {names[p] for p in model.decay_groups(0.1, decay_splines=True)[0]["params"]}
+    assert against_advice == decayed | {"embed_tokens.codebooks", "embed_tokens.splines"}
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ class Training:
     isoparametric: bool = False         # deepen Leviathan to the size of its untied dense twin
     data: str = DEFAULT_DATA            # a folder that prepare_pile.py has written; the default is made when missing
     out: str | None = None              # folder of the run; None: out/<model>-<preset>
-    addresses: str = "id"               # id [P], shuffled, frequency or learned (addresses.py): which tokens share digits
-    start: str = "noise"                # noise, or vectors: codebooks or table start from those of addresses.py
+    addresses: str | None = None        # learned (addresses.py), id [P], shuffled, frequency; None: learned, with --paper id
+    start: str | None = None            # vectors (of addresses.py: codebooks, or a table) or noise; None: vectors with learned
     seed: int = 0                       # of the initial weights and of the order of the data
     steps: int | None = None            # optimizer steps, and the length of the cosine
     tokens_per_step: int | None = None  # over all ranks and micro-batches; a multiple of seq_len
@@ -69,6 +69,7 @@ class Training:
     warmup_steps: int | None = None     # None: a tenth of the steps, at most 1,000
     final_rate: float = 0.1             # share of the learning rate that the cosine ends at
     weight_decay: float = 0.1           # of matrices; norms, codebooks and splines have none
+    decay_splines: bool = False         # nor should they: a product of 128 decayed factors vanishes; to see what it does
     beta1: float = 0.9                  # AdamW's momentum
     beta2: float = 0.95                 # AdamW's second moment
     clip: float = 1.0                   # largest norm of the gradient
@@ -83,7 +84,7 @@ class Training:
 
     def __post_init__(self):
         for name, choices in (("preset", PRESETS), ("addresses", addresses.ADDRESSES), ("start", addresses.STARTS)):
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in (None, *choices):
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
         for name in ("steps", "tokens_per_step", "learning_rate"):
             setattr(self, name, PRESETS[self.preset][name] if getattr(self, name) is None else getattr(self, name))
@@ -239,6 +240,10 @@ def main():
 
     # ---- model -------------------------------------------------------------------------------------------------------
     config = Config.from_preset(t.preset, **{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
+    t.addresses = t.addresses or ("learned" if config.model == "leviathan" and not config.paper else "id")
+    t.start = t.start or ("vectors" if config.model == "leviathan" and t.addresses == "learned" else "noise")
+    if "base" not in settings and (t.addresses == "learned" or t.start == "vectors"):
+        config = replace(config, base=addresses.learned_base(config.vocab_size, config.n_coords))
     if t.isoparametric and config.model != "leviathan":
         raise InputError("--isoparametric deepens Leviathan; its twin for comparison is --model dense-untied without it")
     if t.isoparametric and not checkpoint:
@@ -250,7 +255,7 @@ def main():
         dist.barrier()
     model = (LanguageModel.from_checkpoint(checkpoint) if checkpoint
              else addresses.new_model(config, t.seed, t.data, t.addresses, t.start)).to(device)
-    optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay), lr=t.learning_rate, betas=(t.beta1, t.beta2),
+    optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay, t.decay_splines), lr=t.learning_rate, betas=(t.beta1, t.beta2),
                                   fused=device.type != "mps")
     if checkpoint:
         try:
@@ -282,7 +287,8 @@ def main():
 
     # ---- what was chosen and why -------------------------------------------------------------------------------------
     size, n_train = model.n_parameters(), identity["train"]
-    method = f", {config.generator} of mode width {config.mode_width}" if config.model == "leviathan" else ""
+    method = (f", {config.generator} of mode width {config.mode_width}, {t.addresses} addresses ({config.n_coords} digits of base "
+              f"{config.base})" if config.model == "leviathan" else "") + f", start from {t.start}"
     parts = " + ".join(f"{part} {n / 1e6:.2f}" for part, n in model.parameters_by_part().items())
     expected = expected_memory(model, micro_batch * config.seq_len, device, dtype)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from leviathan import Config, LanguageModel
 from sample import stream_text
 
@@ -111,3 +112,16 @@ def test_generation_is_seeded_and_greedy_at_zero():
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)
     assert draw(temperature=0, seed=1) == draw(temperature=0, seed=2) == draw(top_k=1)
     assert draw(temperature=0)[0] == model(torch.tensor([[1, 2]]))[0, -1].argmax()
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", ("learned", "vectors", 256)), ("--base 9", ("learned", "vectors", 9)), ("--addresses learned --start noise",
+    ("learned", "noise", 256)), ("--paper", ("id", "noise", 7)), ("--addresses id", ("id", "noise", 7)),
+    ("--model dense", ("id", "noise", 7)), ("--paper --addresses learned", ("learned", "vectors", 256))])
+def test_where_a_model_starts(tmp_path, tiny_data, monkeypatch, flags, expected):
+    """Learned addresses and a start from the vectors by default; the id and noise in the paper's reading and in twins."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(tiny_data), "--out", str(tmp_path), *SMALL, "--steps", "1",
+                                      *flags.split()])
+    train.main()
+    about = json.loads((tmp_path / "step-00000001/config.json").read_text())
+    assert (about["training"]["addresses"], about["training"]["start"], about["config"]["base"]) == expected
