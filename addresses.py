@@ -39,16 +39,17 @@ def cooccurrence(folder, sample: int):
     -> (V, 4 * contexts) sparse counts, (V) token counts
     """
     windows = Windows(folder, "train", seq_len=1)
-    V, shards = windows.vocab_size, windows.shards
-    share = [shard[:max(1, int(len(shard) * min(1, sample / sum(map(len, shards)))))] for shard in shards]
-    counts = sum(np.bincount(shard, minlength=V) for shard in share)
+    V, sizes = windows.vocab_size, [len(shard) for shard in windows.shards]
+    ends = [max(1, int(size * min(1, sample / sum(sizes)))) for size in sizes]
+    chunks = [(shard, start, min(start + CHUNK, end)) for shard, end in enumerate(ends) for start in range(0, end, CHUNK)]
+    counts = sum(np.bincount(windows.tokens(*chunk), minlength=V) for chunk in chunks)
     n_contexts = min(V, CONTEXTS)
     column = np.full(V, -1)
     column[np.argsort(-counts, kind="stable")[:n_contexts]] = np.arange(n_contexts)
     width = len(OFFSETS) * n_contexts
     keys, values = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for tokens in tqdm([shard[i:i + CHUNK] for shard in share for i in range(0, len(shard), CHUNK)], desc="counting neighbours"):
-        tokens = tokens.astype(np.int64)
+    for chunk in tqdm(chunks, desc="counting neighbours"):
+        tokens = windows.tokens(*chunk)
         new = []
         for j, offset in enumerate(OFFSETS):
             centre = tokens[max(0, -offset):len(tokens) - max(0, offset)]

@@ -81,12 +81,12 @@ class Config:
     n_heads: int | None = None      # None: D / 64 [O]
     generator: str = "lev"          # v1 | lev: the paper's first or second version of the method
     n_coords: int = 3               # k: digits of a token's address [P]
-    base: int | None = None         # b: None for the smallest with b^k >= V [P]
+    base: int | None = None         # b: None for the smallest with b^k >= V [P], and 256 where train.py learns addresses [O]
     d_seed: int = 128               # seed dimensions, factors of every product [P]
     n_knots: int | None = None      # κ: None for the generator's own, 32 (v1) or 16 (lev)
     n_modes: int = 8                # M: products [P]
     mode_width: int = 64            # r: channels of each product [R]
-    paper: bool = False             # the literal reading: no centring, start of unit scale [R]
+    paper: bool = False             # the literal reading: no centring, start of unit scale [R], the id as address [P]
 
     def __post_init__(self):
         def require(ok, message):

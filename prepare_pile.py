@@ -352,11 +352,15 @@ class Windows:
         """Window i in file order. -> (seq_len + 1) int64"""
         shard = int(np.searchsorted(self.ends, i, side="right"))
         start = (i - (self.ends[shard - 1] if shard else 0)) * self.seq_len
-        window = self.shards[shard][start:start + self.seq_len + 1].astype(np.int64)
-        if window.max() >= self.vocab_size:
-            raise InputError(f"{self.paths[shard]} holds the id {window.max()}, but the vocabulary has {self.vocab_size:,}: "
+        return self.tokens(shard, start, start + self.seq_len + 1)
+
+    def tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Part of a shard. -> (stop - start) int64. Raises InputError for ids beyond the vocabulary."""
+        tokens = self.shards[shard][start:stop].astype(np.int64)
+        if tokens.max() >= self.vocab_size:
+            raise InputError(f"{self.paths[shard]} holds the id {tokens.max()}, but the vocabulary has {self.vocab_size:,}: "
                              "the shard is damaged or of another tokenizer; prepare the data again")
-        return window
+        return tokens
 
     def shuffled(self, positions: np.ndarray, seed: int) -> np.ndarray:
         """The windows at these positions of an endless shuffled stream, in which every epoch holds each window once.

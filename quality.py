@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from leviathan import InputError, LanguageModel
+from leviathan import Config, InputError, LanguageModel
 from prepare_pile import Windows
 from train import choose_device
 
@@ -147,27 +147,34 @@ def as_table(variants: dict) -> str:
     return "\n".join(lines)
 
 
-def figure(width: int):
+def figure(panels: int):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(1, 2, figsize=(width, 4), layout="constrained", sharey=True)
+    return plt.subplots(1, panels, figsize=(1 + 4.5 * panels, 4), layout="constrained", sharey=True)
+
+
+def flops_per_token(run: list[dict]) -> int:
+    with torch.device("meta"):
+        return LanguageModel(Config(**run[0]["config"])).flops_per_token()
 
 
 def plot_losses(variants: dict, path: Path, title: str):
-    """Validation loss against tokens and against time; the mean of the seeds, and a band from lowest to highest."""
-    fig, axes = figure(10)
+    """Validation loss against tokens, time and, where they differ, FLOPs; the mean of the seeds, a band from lowest to highest."""
+    flops = {name: flops_per_token(runs[0]) for name, runs in variants.items()}
+    fig, axes = figure(2 + (len(set(flops.values())) > 1))
     for name, runs in variants.items():
         steps = [[line for line in run[1:] if "val_loss" in line] for run in runs]
         losses = np.array([[line["val_loss"] for line in lines] for lines in steps])
-        tokens = [line["tokens"] for line in steps[0]]
+        tokens = np.array([line["tokens"] for line in steps[0]])
         clock = np.array([np.cumsum([run[1]["tokens"] / line["tokens_per_second"] for line in run[1:]]) for run in runs]).mean(0)
         seconds = [clock[line["step"] - 1] for line in steps[0]]
-        for ax, x in zip(axes, (tokens, seconds)):
+        for ax, x in zip(axes, (tokens, seconds, tokens * flops[name])):
             drawn, = ax.plot(x, losses.mean(0), "o-", ms=3, label=name)
             ax.fill_between(x, losses.min(0), losses.max(0), alpha=0.2, color=drawn.get_color(), lw=0)
     axes[0].set(xlabel="training tokens", ylabel="validation loss, nats per token")
-    axes[1].set(xlabel="seconds of training steps")
+    for ax, label in zip(axes[1:], ("seconds of training steps", "FLOPs of blocks and head")):
+        ax.set(xlabel=label)
     axes[0].legend(fontsize=8)
     fig.suptitle(title, fontsize=9)
     fig.savefig(path, dpi=150)
@@ -175,7 +182,7 @@ def plot_losses(variants: dict, path: Path, title: str):
 
 def plot_frequency(variants: dict, path: Path, title: str):
     """Difference in loss to the first variant, by how often a token was seen in training; the mean of the seeds and each seed."""
-    fig, axes = figure(10)
+    fig, axes = figure(2)
     first, *others = variants
     for ax, role in zip(axes, ("target", "input")):
         table = {name: np.array([[line["loss"] for line in run[0]["by_frequency"] if line["role"] == role] for run in runs],
