@@ -40,7 +40,7 @@ def cooccurrence(folder, sample: int):
     """
     windows = Windows(folder, "train", seq_len=1)
     V, sizes = windows.vocab_size, [len(shard) for shard in windows.shards]
-    ends = [max(1, int(size * min(1, sample / sum(sizes)))) for size in sizes]
+    ends = [min(size, max(1, int(size * min(1, sample / sum(sizes))))) for size in sizes]
     chunks = [(shard, start, min(start + CHUNK, end)) for shard, end in enumerate(ends) for start in range(0, end, CHUNK)]
     counts = sum(np.bincount(windows.tokens(*chunk), minlength=V) for chunk in chunks)
     n_contexts = min(V, CONTEXTS)

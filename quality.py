@@ -151,7 +151,16 @@ def figure(panels: int):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(1, panels, figsize=(1 + 4.5 * panels, 4), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, panels, figsize=(3 + 4 * panels, 4), layout="constrained", sharey=True, squeeze=False)
+    for ax in axes[0]:
+        ax.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2])
+    return fig, axes[0]
+
+
+def finish(fig, axes, path: Path, title: str):
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=150)
 
 
 def flops_per_token(run: list[dict]) -> int:
@@ -172,12 +181,11 @@ def plot_losses(variants: dict, path: Path, title: str):
         for ax, x in zip(axes, (tokens, seconds, tokens * flops[name])):
             drawn, = ax.plot(x, losses.mean(0), "o-", ms=3, label=name)
             ax.fill_between(x, losses.min(0), losses.max(0), alpha=0.2, color=drawn.get_color(), lw=0)
-    axes[0].set(xlabel="training tokens", ylabel="validation loss, nats per token")
-    for ax, label in zip(axes[1:], ("seconds of training steps", "FLOPs of blocks and head")):
-        ax.set(xlabel=label)
-    axes[0].legend(fontsize=8)
-    fig.suptitle(title, fontsize=9)
-    fig.savefig(path, dpi=150)
+    axes[0].set_ylabel("validation loss, nats per token")
+    for ax, label in zip(axes, ("training tokens", "seconds of training steps", "FLOPs of blocks and head")):
+        ax.set_xlabel(label)
+        ax.xaxis.set_major_formatter("{x:,.0f}" if "FLOPs" not in label else "{x:.1e}")
+    finish(fig, axes, path, title)
 
 
 def plot_frequency(variants: dict, path: Path, title: str):
@@ -195,9 +203,20 @@ def plot_frequency(variants: dict, path: Path, title: str):
                 ax.plot(range(11), gap, ".", ms=3, alpha=0.4, color=drawn.get_color())
         ax.set(title=f"by the {role} token", xlabel="never seen, then deciles of seen tokens, rarest first")
     axes[0].set_ylabel(f"loss less that of {first}")
-    axes[0].legend(fontsize=8)
-    fig.suptitle(title, fontsize=9)
-    fig.savefig(path, dpi=150)
+    finish(fig, axes, path, title)
+
+
+def plot_rates(variants: dict, path: Path, title: str):
+    """The last validation loss against the learning rate; a line for each model."""
+    fig, axes = figure(1)
+    for model in dict.fromkeys(name.rsplit(", ", 1)[0] for name in variants):
+        runs = [runs[0] for name, runs in variants.items() if name.rsplit(", ", 1)[0] == model]
+        rates, losses = zip(*((run[0]["training"]["learning_rate"], run[-1]["val_loss"]) for run in runs))
+        axes[0].plot(rates, losses, "o-", label=model)
+    axes[0].set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats per token")
+    axes[0].set_xticks(RATES, RATES)
+    axes[0].minorticks_off()
+    finish(fig, axes, path, title)
 
 
 def add_arguments(parser):
@@ -220,8 +239,8 @@ def main(args):
         flags = next(iter(variants.values()))[0][0]["training"]
         title = (f"{name}: {flags['preset']}, {flags['steps']:,} steps of {flags['tokens_per_step']:,} tokens, "
                  f"{Path(flags['data']).name}")
-        plot_losses(variants, args.out / f"{name}.png", title)
-        if len(variants) > 1:
+        (plot_rates if name == "rate" else plot_losses)(variants, args.out / f"{name}.png", title)
+        if len(variants) > 1 and name != "rate":
             plot_frequency(variants, args.out / f"{name}-frequency.png", title)
         tables.append(f"{title}\n\n{as_table(variants)}\n")
         print("\n" + tables[-1], flush=True)
