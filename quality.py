@@ -46,10 +46,11 @@ EXPERIMENTS = {
         "id": f"{V1} --addresses id", "shuffled": f"{V1} --addresses shuffled", "frequency": f"{V1} --addresses frequency",
         "learned": f"{V1} {SMALLEST} --start noise", "id, from vectors": f"{V1} {SMALLEST} --addresses id --start vectors",
         "learned, from vectors": f"{V1} {SMALLEST}", "the same, base 64": f"{V1} --base 64", "the same, base 256": V1},
-    "digits": {f"k = {k}, {name}": " ".join(f"{V1} {flags} {'' if k == 3 else f'--n-coords {k}'}".split())
+    "digits": BODY | CONTROL | {f"k = {k}, {name}": " ".join(f"{V1} {flags} {'' if k == 3 else f'--n-coords {k}'}".split())
                for name, flags in (("id", "--addresses id"), ("learned, from vectors, base 256", "")) for k in (1, 2, 3, 4)},
     "isoparametric": BODY | CONTROL | {"ours": "", "ours, deepened": "--isoparametric"},
-    "vocabulary": BODY | CONTROL | {"paper v1, width 8": f"--paper {V1}", "ours": ""},
+    "scale": {"dense": "--model dense"} | {f"dense, D = {d}": f"--model dense --d-model {d}" for d in (64, 192)} | {"ours": ""},
+    "vocabulary": BODY | CONTROL | {"paper v1, width 8": f"--paper {V1}", "ours": ""},     # the same, on data of another vocabulary
 }
 ONE_SEED = {"rate"}             # a sweep, of which only the best is repeated
 EVALUATED = 131_072             # validation tokens behind the losses by frequency
@@ -81,10 +82,12 @@ def by_frequency(model: LanguageModel, training: dict) -> list[dict]:
             for role, table in sums.items() for d, (total, n) in enumerate(table)]
 
 
-def run(flags: str, seed: int, shared: str, folder: Path, threads: int) -> list[dict]:
-    """One run, made if it is not there. -> a line that describes it, then train.py's line for each step"""
+def run(flags: str, seed: int, shared: str, folder: Path, threads: int, deadline: float) -> list[dict] | None:
+    """One run, made if it is not there. -> a line that describes it, then train.py's line for each step; None: no time for it"""
     file = folder / f"{re.sub('[^a-z0-9.]+', '-', flags.replace('--model', '')).strip('-') or 'default'}.seed-{seed}.jsonl"
     if not file.exists():
+        if time.monotonic() > deadline:
+            return None
         scratch = folder / f"{file.stem}.running"
         shutil.rmtree(scratch, ignore_errors=True)
         command = [*shlex.split(shared), *flags.split(), "--seed", str(seed), "--out", scratch, "--save-every", "1000000"]
@@ -112,8 +115,9 @@ def run(flags: str, seed: int, shared: str, folder: Path, threads: int) -> list[
     return lines
 
 
-def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs: int) -> dict:
-    """Run what is missing. -> {experiment: {variant: [lines of each seed's run]}}"""
+def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs: int, minutes: float) -> dict:
+    """Run what is missing, until the time is up. -> {experiment: {variant: [lines of each seed's run]}} of what is there"""
+    deadline = time.monotonic() + 60 * minutes
     (out / "runs").mkdir(parents=True, exist_ok=True)
     wanted = [(name, variant, seed) for seed, name in itertools.product(range(seeds), names)
               if not seed or name not in ONE_SEED for variant in EXPERIMENTS[name]]
@@ -121,12 +125,16 @@ def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs: int) ->
         futures = {}
         for name, variant, seed in wanted:
             key, threads = (EXPERIMENTS[name][variant], seed), max(1, (os.cpu_count() or 1) // jobs)
-            futures[key] = futures.get(key) or pool.submit(run, *key, shared, out / "runs", threads)
+            futures[key] = futures.get(key) or pool.submit(run, *key, shared, out / "runs", threads, deadline)
         results = {key: future.result() for key, future in futures.items()}
     found = {name: {variant: [] for variant in EXPERIMENTS[name]} for name in names}
     for name, variant, seed in wanted:
-        found[name][variant].append(results[EXPERIMENTS[name][variant], seed])
-    return found
+        if lines := results[EXPERIMENTS[name][variant], seed]:
+            found[name][variant].append(lines)
+    missing = sum(lines is None for lines in results.values())
+    if missing:
+        print(f"{missing} runs had no time: the same command goes on")
+    return {name: {variant: runs for variant, runs in variants.items() if runs} for name, variants in found.items()}
 
 
 # ---- what came out ---------------------------------------------------------------------------------------------------
@@ -172,6 +180,7 @@ def plot_losses(variants: dict, path: Path, title: str):
     """Validation loss against tokens, time and, where they differ, FLOPs; the mean of the seeds, a band from lowest to highest."""
     flops = {name: flops_per_token(runs[0]) for name, runs in variants.items()}
     fig, axes = figure(2 + (len(set(flops.values())) > 1))
+    from matplotlib.ticker import EngFormatter
     for name, runs in variants.items():
         steps = [[line for line in run[1:] if "val_loss" in line] for run in runs]
         losses = np.array([[line["val_loss"] for line in lines] for lines in steps])
@@ -184,7 +193,7 @@ def plot_losses(variants: dict, path: Path, title: str):
     axes[0].set_ylabel("validation loss, nats per token")
     for ax, label in zip(axes, ("training tokens", "seconds of training steps", "FLOPs of blocks and head")):
         ax.set_xlabel(label)
-        ax.xaxis.set_major_formatter("{x:,.0f}" if "FLOPs" not in label else "{x:.1e}")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     finish(fig, axes, path, title)
 
 
@@ -197,7 +206,8 @@ def plot_frequency(variants: dict, path: Path, title: str):
                                 dtype=float) for name, runs in variants.items()}
         ax.axhline(0, color="gray", lw=1)
         for name in others:
-            gaps = table[name] - table[first]
+            seeds = min(len(table[name]), len(table[first]))
+            gaps = table[name][:seeds] - table[first][:seeds]
             drawn, = ax.plot(range(11), gaps.mean(0), "o-", ms=3, label=name)
             for gap in gaps:
                 ax.plot(range(11), gap, ".", ms=3, alpha=0.4, color=drawn.get_color())
@@ -225,6 +235,7 @@ def add_arguments(parser):
     parser.add_argument("--train", default="", metavar="FLAGS", help="flags of train.py that all runs share")
     parser.add_argument("--quick", action="store_true", help="iso-body, one seed, 200 steps of 2,048 tokens")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="runs, tables and figures")
 
 
@@ -235,7 +246,9 @@ def main(args):
     if args.seeds < 1 or args.jobs < 1:
         raise InputError("--seeds and --jobs must be at least 1")
     tables = []
-    for name, variants in campaign(args.experiments, args.train, args.seeds, args.out, args.jobs).items():
+    for name, variants in campaign(args.experiments, args.train, args.seeds, args.out, args.jobs, args.minutes).items():
+        if next(iter(EXPERIMENTS[name])) not in variants:        # what all are compared with
+            continue
         flags = next(iter(variants.values()))[0][0]["training"]
         title = (f"{name}: {flags['preset']}, {flags['steps']:,} steps of {flags['tokens_per_step']:,} tokens, "
                  f"{Path(flags['data']).name}")

@@ -33,5 +33,6 @@ fi
 
 wanted tests && part tests 400 $python -m pytest test_leviathan.py tests/test_speed.py -p no:cacheprovider
 wanted speed && part speed 900 $python bench.py speed $speed --json "$out/speed.json" --plots "$out"
-wanted quality && part quality 1500 $python bench.py quality --experiments vocabulary iso-body digits --seeds $seeds --out "$out/quality" \
+wanted quality && part quality 1800 $python bench.py quality --experiments vocabulary iso-body digits --seeds $seeds --minutes 24 \
+    --out "$out/quality" \
     --train "--data '$data' $training"

@@ -32,6 +32,10 @@ def test_a_campaign_is_gone_on_with(tiny_data, tmp_path, monkeypatch, capsys):
     for figure in ("one.png", "one-frequency.png", "two.png"):
         assert (tmp_path / figure).stat().st_size > 10_000
 
+    monkeypatch.setattr(sys, "argv", ["bench.py", "quality", *flags, "--seeds", "3", "--minutes", "0"])
+    bench.main()
+    assert len(ran) == 4 and "2 runs had no time: the same command goes on" in capsys.readouterr().out
+    assert (tmp_path / "tables.md").read_text() == tables
 
     monkeypatch.setattr(sys, "argv", ["bench.py", "quality", *flags, "--train", f"{TINY} --data {tiny_data} --clip 2"])
     with pytest.raises(InputError, match="was run with --train .*: name another --out"):
