@@ -53,7 +53,6 @@ EXPERIMENTS = {
     "vocabulary": BODY | CONTROL | {"paper v1, width 8": f"--paper {V1}", "ours": ""},     # the same, on data of another vocabulary
 }
 ONE_SEED = {"rate"}             # a sweep, of which only the best is repeated
-EVALUATED = 131_072             # validation tokens behind the losses by frequency
 
 
 @torch.no_grad()
@@ -71,7 +70,8 @@ def by_frequency(model: LanguageModel, training: dict) -> list[dict]:
     order = np.argsort(seen, kind="stable")[(seen == 0).sum():]
     bucket[order] = 1 + np.arange(len(order)) * 10 // len(order)
     sums = {role: np.zeros((11, 2)) for role in ("target", "input")}
-    evaluated = np.linspace(0, len(val) - 1, min(len(val), max(1, EVALUATED // T))).astype(int)
+    n = min(len(val), max(1, 4 * training["eval_tokens"] // T))      # more than train.py takes, for the sake of rare tokens
+    evaluated = np.linspace(0, len(val) - 1, n).astype(int)
     for part in np.array_split(evaluated, -(-len(evaluated) * T * V // 2**28)):         # a gigabyte of logits at once
         windows = torch.from_numpy(np.stack([val[i] for i in part]))
         ids, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)

@@ -45,7 +45,7 @@ def test_a_campaign_is_gone_on_with(tiny_data, tmp_path, monkeypatch, capsys):
 def test_loss_by_frequency(tiny_data):
     """Against a loop: the bucket of a token is 0 if the run has not seen it, else its decile among the tokens that it has."""
     model = LanguageModel(Config(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1))
-    training = dict(data=str(tiny_data), seed=3, steps=2, tokens_per_step=256)
+    training = dict(data=str(tiny_data), seed=3, steps=2, tokens_per_step=256, eval_tokens=10**6)
     rows = quality.by_frequency(model, training)
     stream, val = (Windows(tiny_data, split, 32) for split in ("train", "val"))
     seen = np.bincount(stream.shuffled(np.arange(16), 3)[:, :-1].ravel(), minlength=300)
