@@ -25,8 +25,8 @@ from tqdm import tqdm
 from leviathan import Config, InputError, LanguageModel, digits, smallest_base
 from prepare_pile import Windows, read_meta
 
-ADDRESSES = {"id": "the id itself [P]", "shuffled": "in any order", "frequency": "the rank by frequency", "learned": "by use"}
-STARTS = {"noise": "as if nothing were known", "vectors": "codebooks, or a table, from what addresses are learned from"}
+ADDRESSES = ("id", "shuffled", "frequency", "learned")      # the id itself [P], in any order, the rank by frequency, by use [O]
+STARTS = ("noise", "vectors")   # as if nothing were known; codebooks, or a table, from the vectors that addresses are learned from
 BASE = 256                      # values of a learned digit: more than the smallest base that has room, since rows are cheap
 OFFSETS = (-2, -1, 1, 2)        # places of the context
 CONTEXTS = 8_192                # the most frequent tokens, which alone count as context
@@ -34,7 +34,7 @@ CHUNK = 2**23                   # tokens counted at once
 
 
 def cooccurrence(folder, sample: int):
-    """How often each context stands at each offset of each token, over the first `sample` tokens of every shard in turn.
+    """How often each context stands at each offset of each token, over `sample` tokens, a share of each shard's beginning.
 
     -> (V, 4 * contexts) sparse counts, (V) token counts
     """
@@ -112,6 +112,7 @@ def assign(preferences, cell, capacity: int, priority):
     others ask for their next. preferences (V, b) best first; priority (V), 0 first -> (V)
     """
     V, b = preferences.shape
+    cell = cell.unique(return_inverse=True)[1]          # 0 ... below V: sorted together with digit and priority
     choice, everyone = torch.zeros(V, dtype=torch.long), torch.arange(V)
     while True:
         digit = preferences[everyone, choice]
@@ -177,6 +178,9 @@ def approximate(addresses, codebooks):
 
 def learn(folder: Path, config: Config, sample: int = 100_000_000) -> Path:
     """Write addresses and vectors for the shape (V, k, b, d_seed) of `config` beside the shards. -> the file"""
+    if config.base > config.vocab_size:
+        raise InputError(f"base {config.base:,} exceeds the vocabulary of {config.vocab_size:,}: lower --base")
+    print(f"learning the addresses of {config.vocab_size:,} tokens from {folder}, once", flush=True)
     pairs, counts = cooccurrence(folder, sample)
     vectors = token_vectors(ppmi(pairs), config.d_seed)
     addresses = quantise(vectors, counts, config.base, config.n_coords)
@@ -205,16 +209,19 @@ def learned(folder, config: Config) -> dict[str, torch.Tensor]:
             found = {name: torch.from_numpy(file[name]) for name in shapes}
         assert all(found[name].shape == shape for name, shape in shapes.items())
     except Exception as error:      # numpy raises anything from BadZipFile to EOFError
-        raise InputError(f"{path} is damaged or of another vocabulary ({error!r}): remove it and run addresses.py") from error
+        raise InputError(f"{path} is missing, damaged or of another vocabulary ({error!r}): remove it and run addresses.py "
+                         "(on each machine, if they share no disk)") from error
     return found
 
 
 def learned_base(vocab_size: int, n_coords: int) -> int:
-    return max(BASE, smallest_base(vocab_size, n_coords))
+    return min(vocab_size, max(BASE, smallest_base(vocab_size, n_coords)))
 
 
 def learn_where_needed(config: Config, folder, addresses: str, start: str):
     """Before new_model, in one process alone: make the file that it reads, if it reads one and there is none."""
+    if start == "vectors" and config.model == "dense":
+        raise InputError("--start vectors: a tied table is the head too; choose --model dense-untied or leviathan")
     if start != "noise" or config.model == "leviathan" and addresses in ("frequency", "learned"):
         if not file_of(folder, config).exists():
             learn(folder, config)
@@ -222,8 +229,6 @@ def learn_where_needed(config: Config, folder, addresses: str, start: str):
 
 def new_model(config: Config, seed: int, folder, addresses: str = "id", start: str = "noise") -> LanguageModel:
     """A model before training. Raises InputError."""
-    if start != "noise" and config.model == "dense":
-        raise InputError(f"--start {start}: a tied table is the head too; choose --model dense-untied or leviathan")
     V, chosen = config.vocab_size, None
     if config.model == "leviathan" and addresses == "shuffled":
         chosen = torch.randperm(V, generator=torch.Generator().manual_seed(0))
@@ -239,14 +244,15 @@ def new_model(config: Config, seed: int, folder, addresses: str = "id", start: s
 
 @torch.no_grad()
 def start_from_vectors(model: LanguageModel, found: dict, scale: float = 0.02):
-    """Let codebooks start as centroids of the vectors, or a table as the vectors, at the scale that they start at anyway.
+    """Let codebooks start as centroids of the vectors, or a table as the vectors, whose rows have the scale of noise.
 
-    A table of other width than the vectors takes them through a random rotation; tokens never seen keep their noise.
+    The table takes them through a random rotation (below their width, a projection); tokens never seen keep their noise.
     """
     vectors, c, embed = found["vectors"], model.config, model.embed_tokens
     if c.model == "leviathan":
         codebooks = centroids(vectors, found["counts"], embed.addresses, c.base, c.n_coords)
-        embed.codebooks.copy_(codebooks * scale / codebooks[0].square().mean().sqrt())
+        used = codebooks[0].any(1)
+        embed.codebooks.copy_(codebooks * scale / codebooks[0, used].square().mean().sqrt())
         return
     rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], c.d_model), generator=torch.Generator().manual_seed(0))
     seen, rows = vectors.any(1), vectors @ rotation
@@ -259,8 +265,10 @@ def main():
     parser.add_argument("--n-coords", type=int, default=3, help="digits [%(default)s]")
     parser.add_argument("--base", type=int, help=f"values of a digit [{BASE}, or more where the vocabulary needs it]")
     parser.add_argument("--d-seed", type=int, default=128, help="numbers in a vector [%(default)s]")
-    parser.add_argument("--sample", type=int, default=100_000_000, help="tokens to count, from all over the shards [%(default)s]")
+    parser.add_argument("--sample", type=int, default=100_000_000, help="tokens to count, of all shards alike [%(default)s]")
     args = parser.parse_args()
+    if args.sample < 1:
+        raise InputError(f"--sample {args.sample}: it must be at least 1")
     V = read_meta(args.data)["tokenizer"]["vocab_size"]
     config = Config(vocab_size=V, n_coords=args.n_coords, base=args.base or learned_base(V, args.n_coords), d_seed=args.d_seed)
     print(f"written: {learn(args.data, config, args.sample)}")

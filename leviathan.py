@@ -59,9 +59,9 @@ PRESETS = {  # shape (Config), then recipe (train.py). The first two are [O]; be
                   learning_rate=4e-3, tokens_per_step=4_096, steps=300),
     "micro": dict(d_model=256, n_layers=6, seq_len=256, mode_width=32,
                   learning_rate=2e-3, tokens_per_step=32_768, steps=600),
-    "60m":   dict(d_model=256, n_layers=6, seq_len=512, mode_width=64,       # isoparametric: 52 layers, 108.5M [P]
+    "60m":   dict(d_model=256, n_layers=6, seq_len=512, mode_width=64,       # v1, isoparametric: 52 layers, 108.5M [P]
                   learning_rate=1e-3, tokens_per_step=262_144, steps=4_600),
-    "270m":  dict(d_model=768, n_layers=12, seq_len=512, mode_width=64,      # isoparametric: 28 layers, 421M [P]
+    "270m":  dict(d_model=768, n_layers=12, seq_len=512, mode_width=64,      # v1, isoparametric: 28 layers, 421M [P]
                   learning_rate=6e-4, tokens_per_step=262_144, steps=20_600),
     "410m":  dict(d_model=1024, n_layers=12, seq_len=512, mode_width=64,
                   learning_rate=5e-4, tokens_per_step=262_144, steps=31_300),
@@ -111,6 +111,7 @@ class Config:
         require(self.base**self.n_coords >= self.vocab_size,
                 f"base {self.base} with {self.n_coords} digits has {self.base**self.n_coords:,} addresses, "
                 f"too few for a vocabulary of {self.vocab_size:,}: raise base or n_coords")
+        require(self.base**self.n_coords < 2**63, f"base {self.base} with {self.n_coords} digits exceeds 64 bits: lower one")
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "Config":
@@ -190,7 +191,7 @@ class TokenGenerator(nn.Module):
         self.num_embeddings, self.embedding_dim = vocab_size, d_model       # as nn.Embedding calls them
         self.slope = method["slope"]
         P = n_modes if method["seed_projection_per_mode"] else 1
-        self.register_buffer("addresses", torch.arange(vocab_size) if addresses is None else torch.as_tensor(addresses))
+        self.register_buffer("addresses", torch.arange(vocab_size) if addresses is None else torch.as_tensor(addresses).clone())
         self.codebooks = nn.Parameter(torch.empty(n_coords, c.base, d_seed))
         self.seed_proj = nn.Parameter(torch.empty(P, d_seed, d_seed))
         self.seed_norm_weight = nn.Parameter(torch.empty(P, d_seed))

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from leviathan import InputError, LanguageModel, digits, newest_checkpoint, read_json
-from prepare_pile import Windows
+from addresses import approximate
+from leviathan import InputError, LanguageModel, newest_checkpoint, read_json
+from prepare_pile import Windows, read_meta, tokenizer_from_json
 from quality import spread
 
 BEFORE, AFTER = 32, 16          # tokens of a sentence that stand before and behind the new one
@@ -29,18 +30,21 @@ STEPS, BATCH = 40, 64           # of Adam, whose rate falls linearly to 0; sente
 RATES = (0.03, 0.1, 0.3)        # of Adam, in standard deviations of what it fits: the best is taken, by sentences set aside
 
 
-def find_words(train: np.ndarray, val: np.ndarray, V: int, n: int, examples: int) -> np.ndarray:
-    """The n pairs of tokens that stand together most: by count(ab)^2 / (count(a) count(b)), twice as often as needed. -> (n, 2)"""
+def find_words(train: np.ndarray, val: np.ndarray, V: int, n: int, examples: int, never: int = -1) -> np.ndarray:
+    """The n pairs of tokens that belong together most, by count(ab)^2 / (count(a) count(b)). -> (n, 2)
+
+    Of those with 2 * examples places in training, half of which are set aside, and TESTED in validation.
+    """
     keys, counts = np.unique(train[:-1].astype(np.int64) * V + train[1:], return_counts=True)
     in_val, val_counts = np.unique(val[:-1].astype(np.int64) * V + val[1:], return_counts=True)
     alone = np.bincount(train, minlength=V).astype(float)
     enough = (counts >= 2 * examples) & np.isin(keys, in_val[val_counts >= TESTED])
     keys, counts = keys[enough], counts[enough]
     order = np.argsort(-counts.astype(float)**2 / (alone[keys // V] * alone[keys % V]), kind="stable")
-    chosen, used = [], set()
+    chosen, used = [], {never}
     for key in keys[order]:
         pair = (int(key // V), int(key % V))
-        if not used & set(pair):            # pairs that share no token, so that they never overlap
+        if pair[0] != pair[1] and not used & set(pair):         # so that no two of them overlap
             chosen.append(pair)
             used |= set(pair)
     if len(chosen) < n:
@@ -53,7 +57,7 @@ def sentences(text: np.ndarray, pairs: np.ndarray, V: int, n: int, rng) -> tuple
     keys, pieces = text[:-1].astype(np.int64) * V + text[1:], []
     for a, b in pairs:
         places = np.flatnonzero(keys[BEFORE:len(keys) - AFTER] == a * V + b) + BEFORE
-        pieces.append([text[p - BEFORE:p + 2 + AFTER] for p in np.sort(rng.choice(places, n, replace=False))])
+        pieces.append([text[p - BEFORE:p + 2 + AFTER] for p in rng.choice(places, n, replace=False)])
     pieces = torch.from_numpy(np.array(pieces).astype(np.int64))
     new = (V + torch.arange(len(pairs))).view(-1, 1, 1).expand(-1, n, 1)
     return pieces, torch.cat([pieces[..., :BEFORE], new, pieces[..., BEFORE + 2:]], dim=2)
@@ -68,12 +72,10 @@ def losses(model, sentences):
 
 class Extended(nn.Module):
     """A frozen model with n tokens more, ids V ... V + n - 1: their inputs are seeds (n, d_seed) or rows (n, D)."""
-    def __init__(self, model: LanguageModel, inputs, outputs, seeds: bool):
+    def __init__(self, model: LanguageModel, table, inputs, outputs, seeds: bool):
         super().__init__()
         self.model, self.seeds = [model], seeds                 # in a list: its parameters are not ours
-        self.inputs, self.outputs = nn.Parameter(inputs.clone()), nn.Parameter(outputs.clone())
-        embed = model.embed_tokens
-        self.table = embed.table() if model.config.model == "leviathan" else embed.weight.detach()
+        self.table, self.inputs, self.outputs = table, nn.Parameter(inputs.clone()), nn.Parameter(outputs.clone())
 
     def forward(self, ids):
         """(B, T) -> logits (B, T, V + n)"""
@@ -96,27 +98,26 @@ class Extended(nn.Module):
         return self
 
 
-def codebook_sums(generator, addresses):
-    found = digits(addresses, generator.config.base, generator.config.n_coords)
-    return sum(codebook[digit] for codebook, digit in zip(generator.codebooks.detach(), found.T))
-
-
 def free_addresses(generator, wanted=None, n: int = 0):
     """The first n free addresses; or, for each wanted seed (n, d_seed), the free address whose sum is nearest. -> (n)"""
     room = generator.config.base ** generator.config.n_coords
+    if not generator.num_embeddings + n <= room <= 2**28:
+        raise InputError(f"{room - generator.num_embeddings:,} of {room:,} addresses are free: {n:,} are wanted, and at most "
+                         f"{2**28:,} in all, which are tried one by one")
     taken = torch.zeros(room, dtype=torch.bool)
     taken[generator.addresses.cpu()] = True
     if wanted is None:
         return (~taken).nonzero().flatten()[:n]
     best, found = torch.full((len(wanted),), torch.inf), torch.zeros(len(wanted), dtype=torch.long)
     for part in torch.arange(room).split(2**16):
-        distance = torch.cdist(wanted, codebook_sums(generator, part)).masked_fill(taken[part], torch.inf)
+        distance = torch.cdist(wanted, approximate(part, generator.codebooks)).masked_fill(taken[part], torch.inf)
         nearest, index = distance.min(1)
         found = torch.where(nearest < best, part[index], found)
         best = torch.minimum(nearest, best)
     return found
 
 
+@torch.no_grad()
 def methods(model: LanguageModel, pairs) -> dict:
     """{name: (inputs, whether they are seeds, whether they are fitted)} for this kind of model."""
     first, second = torch.from_numpy(pairs).T
@@ -127,9 +128,9 @@ def methods(model: LanguageModel, pairs) -> dict:
         return {"row, pieces' mean": (mean, False, False), "row, fitted from the mean": (mean, False, True),
                 "row, fitted from noise": (noise, False, True)}
     generator = model.embed_tokens
-    mean = sum(codebook_sums(generator, generator.addresses[ids]) for ids in (first, second)) / 2
-    free = codebook_sums(generator, free_addresses(generator, n=len(pairs)))
-    near = codebook_sums(generator, free_addresses(generator, mean))
+    mean = sum(approximate(generator.addresses[ids], generator.codebooks) for ids in (first, second)) / 2
+    free = approximate(free_addresses(generator, n=len(pairs)), generator.codebooks)
+    near = approximate(free_addresses(generator, mean), generator.codebooks)
     return {"first free address": (free, True, False), "nearest free address": (near, True, False),
             "seed, pieces' mean": (mean, True, False), "seed, fitted from the mean": (mean, True, True)}
 
@@ -143,16 +144,25 @@ def study(checkpoint: Path, words: int, examples: list[int]) -> list[dict]:
     training, c = read_json(checkpoint / "config.json")["training"], model.config
     if c.model == "dense":
         raise InputError(f"{checkpoint} has a tied table, whose rows are the head's too: use dense-untied")
+    if c.seq_len < BEFORE + AFTER + 1:
+        raise InputError(f"{checkpoint} has a context of {c.seq_len}: sentences take {BEFORE + AFTER + 1}")
     V, most, rng = c.vocab_size, max(examples), np.random.default_rng(0)
     train, val = (np.asarray(Windows(training["data"], split, c.seq_len).shards[0][:SEARCHED]) for split in ("train", "val"))
-    pairs = find_words(train, val, V, words, most)
+    end_of_text = read_meta(Path(training["data"]))["end_of_text"]
+    pairs = find_words(train[BEFORE:-AFTER], val[BEFORE:-AFTER], V, words, most, never=end_of_text)
+    tokenizer = tokenizer_from_json(read_json(checkpoint / "tokenizer.json"))
+    print("new tokens:", ", ".join(repr(tokenizer.decode(pair.tolist())) for pair in pairs), file=sys.stderr)
     _, known = sentences(train, pairs, V, 2 * most, rng)
     fitted_to, set_aside = known[:, :most], known[:, most:]
     pieces, test = sentences(val, pairs, V, TESTED, rng)
     outputs = model.lm_head.weight[torch.from_numpy(pairs[:, 0])]       # at first predicted where its first piece was
 
+    name = c.model if c.model != "leviathan" else (
+        f"{'paper ' * c.paper}{c.generator}, width {c.mode_width}, {training['addresses']} addresses of base {c.base}")
+    name += ", from vectors" * (training["start"] == "vectors")
+    table = model.embed_tokens.table() if c.model == "leviathan" else model.embed_tokens.weight
+
     def line(method, n, rate, nats, behind):
-        name = c.model if c.model != "leviathan" else f"leviathan {c.generator}, {training['addresses']} addresses"
         return dict(model=name, method=method, examples=n, rate=rate, sentence=nats.sum(-1).mean().item(),
                     following=nats[..., behind:].mean().item(), seed=training["seed"], words=words)
 
@@ -163,7 +173,7 @@ def study(checkpoint: Path, words: int, examples: list[int]) -> list[dict]:
         for n in sorted(examples, reverse=True) if fitted else [0]:
             found = {}
             for rate in (RATES if best is None else [best]) if fitted else [None]:  # chosen with the most sentences, and kept
-                extended = Extended(model, inputs, outputs, seeds)
+                extended = Extended(model, table, inputs, outputs, seeds)
                 if fitted:
                     extended.fit(fitted_to[:, :n], rate)
                 with torch.no_grad():
@@ -192,11 +202,13 @@ def main():
     parser = argparse.ArgumentParser(description="Add tokens to trained models.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or checkpoints")
     parser.add_argument("--words", type=int, default=32, help="new tokens [%(default)s]")
-    parser.add_argument("--examples", type=int, nargs="+", default=[4, 64], help="sentences for each [%(default)s]")
+    parser.add_argument("--examples", type=int, nargs="+", default=[4, 64], help="sentences for each [4 64]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, a JSON line each")
     args = parser.parse_args()
     if min(args.words, *args.examples) < 1:
         raise InputError("--words and --examples must be at least 1")
+    if args.json and not args.json.parent.is_dir():
+        raise InputError(f"--json {args.json}: there is no folder {args.json.parent}")
     lines = []
     for run in args.runs:
         lines += study(newest_checkpoint(run), args.words, args.examples)

@@ -2,7 +2,7 @@
 
 An experiment is a few variants, each some flags of train.py on top of what all share. Every variant runs once for each seed:
 same tokens in the same order, same blocks and head at the start. Runs are JSON lines in OUT/runs, and one that is there is not
-run again, so a campaign can be stopped and gone on with; the most telling experiments stand first.
+run again, so a campaign can be stopped and gone on with. Its model stays beside it, for sample.py and new_tokens.py.
 """
 import itertools
 import json
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from leviathan import Config, InputError, LanguageModel
-from prepare_pile import Windows
-from train import choose_device
+from prepare_pile import Windows, prepare_stdlib
+from train import DEFAULT_DATA, choose_device
 
 HERE = Path(__file__).parent
 BODY = {"dense": "--model dense", "dense-untied": "--model dense-untied"}
@@ -72,7 +72,7 @@ def by_frequency(model: LanguageModel, training: dict) -> list[dict]:
     sums = {role: np.zeros((11, 2)) for role in ("target", "input")}
     n = min(len(val), max(1, 4 * training["eval_tokens"] // T))      # more than train.py takes, for the sake of rare tokens
     evaluated = np.linspace(0, len(val) - 1, n).astype(int)
-    for part in np.array_split(evaluated, -(-len(evaluated) * T * V // 2**28)):         # a gigabyte of logits at once
+    for part in np.array_split(evaluated, min(n, -(-n * T * V // 2**28))):              # a gigabyte of logits at once
         windows = torch.from_numpy(np.stack([val[i] for i in part]))
         ids, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
         losses = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").double().cpu().numpy()
@@ -96,9 +96,12 @@ def run(flags: str, seed: int, shared: str, folder: Path, threads: int, deadline
                               env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
         seconds = time.perf_counter() - begun
         if done.returncode:
-            raise InputError(f"the run {flags!r} of seed {seed} failed: {done.stderr.splitlines()[-1]}")
+            reason = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise InputError(f"the run {flags!r} of seed {seed} failed: {reason}")
         checkpoint = next(scratch.glob("step-*"))
         about = json.loads((checkpoint / "config.json").read_text())
+        if about["step"] < about["training"]["steps"]:      # Ctrl-C reaches it too
+            raise InputError(f"the run {flags!r} of seed {seed} was stopped: the same command goes on")
         model = LanguageModel.from_checkpoint(checkpoint, choose_device(about["training"]["device"], 0)).eval()
         head = dict(flags=flags, shared=shared, seed=seed, seconds=seconds, parameters=model.parameters_by_part(),
                     config=about["config"], training=about["training"], by_frequency=by_frequency(model, about["training"]))
@@ -118,6 +121,8 @@ def run(flags: str, seed: int, shared: str, folder: Path, threads: int, deadline
 def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs: int, minutes: float) -> dict:
     """Run what is missing, until the time is up. -> {experiment: {variant: [lines of each seed's run]}} of what is there"""
     deadline = time.monotonic() + 60 * minutes
+    if "--data" not in shared and not Path(DEFAULT_DATA).exists():
+        prepare_stdlib(Path(DEFAULT_DATA))      # before several runs would
     (out / "runs").mkdir(parents=True, exist_ok=True)
     wanted = [(name, variant, seed) for seed, name in itertools.product(range(seeds), names)
               if not seed or name not in ONE_SEED for variant in EXPERIMENTS[name]]
@@ -126,7 +131,11 @@ def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs: int, mi
         for name, variant, seed in wanted:
             key, threads = (EXPERIMENTS[name][variant], seed), max(1, (os.cpu_count() or 1) // jobs)
             futures[key] = futures.get(key) or pool.submit(run, *key, shared, out / "runs", threads, deadline)
-        results = {key: future.result() for key, future in futures.items()}
+        try:
+            results = {key: future.result() for key, future in futures.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     found = {name: {variant: [] for variant in EXPERIMENTS[name]} for name in names}
     for name, variant, seed in wanted:
         if lines := results[EXPERIMENTS[name][variant], seed]:
@@ -230,10 +239,11 @@ def plot_rates(variants: dict, path: Path, title: str):
 
 
 def add_arguments(parser):
-    parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=["iso-body", "addresses"])
+    parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=["iso-body", "addresses"], metavar="NAME",
+                        help=f"any of {', '.join(EXPERIMENTS)}; made for nano and V = 8,192 [iso-body addresses]")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--train", default="", metavar="FLAGS", help="flags of train.py that all runs share")
-    parser.add_argument("--quick", action="store_true", help="iso-body, one seed, 200 steps of 2,048 tokens")
+    parser.add_argument("--train", default="", metavar="FLAGS", help="flags of train.py that all runs share, in quotes")
+    parser.add_argument("--quick", action="store_true", help="iso-body, smaller: one seed, 200 steps of 2,048 tokens")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="runs, tables and figures")

@@ -30,7 +30,7 @@ from leviathan import (
 
 HERE = Path(__file__).parent
 TINY = dict(vocab_size=97, seq_len=16, d_model=32, n_layers=2, n_heads=2, d_seed=12, mode_width=2)
-TWINS = [dict(model="leviathan"), dict(model="leviathan", generator="lev"), dict(model="dense"), dict(model="dense-untied")]
+TWINS = [dict(generator="v1"), dict(generator="lev"), dict(model="dense"), dict(model="dense-untied")]
 
 
 # ---- the method, step by step ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -69,7 +70,7 @@ class Training:
     warmup_steps: int | None = None     # None: a tenth of the steps, at most 1,000
     final_rate: float = 0.1             # share of the learning rate that the cosine ends at
     weight_decay: float = 0.1           # of matrices; norms, codebooks and splines have none
-    decay_splines: bool = False         # nor should they: a product of 128 decayed factors vanishes; to see what it does
+    decay_splines: bool = False         # decay codebooks and splines too, to see what it does: products of 128 then shrink
     beta1: float = 0.9                  # AdamW's momentum
     beta2: float = 0.95                 # AdamW's second moment
     clip: float = 1.0                   # largest norm of the gradient
@@ -222,7 +223,8 @@ def main():
 
     # ---- data --------------------------------------------------------------------------------------------------------
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))     # rank 0 learns the addresses while the others wait
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if rank == 0 and t.data == DEFAULT_DATA and not Path(t.data).exists():
@@ -242,7 +244,7 @@ def main():
     config = Config.from_preset(t.preset, **{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
     t.addresses = t.addresses or ("learned" if config.model == "leviathan" and not config.paper else "id")
     t.start = t.start or ("vectors" if config.model == "leviathan" and t.addresses == "learned" else "noise")
-    if "base" not in settings and (t.addresses == "learned" or t.start == "vectors"):
+    if "base" not in settings and (t.addresses == "learned" or config.model != "leviathan"):      # a twin: the same file of vectors
         config = replace(config, base=addresses.learned_base(config.vocab_size, config.n_coords))
     if t.isoparametric and config.model != "leviathan":
         raise InputError("--isoparametric deepens Leviathan; its twin for comparison is --model dense-untied without it")

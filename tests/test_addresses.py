@@ -110,7 +110,7 @@ def test_a_model_starts_from_what_was_learned(tiny_data, tmp_path):
                                rtol=1e-4, atol=1e-5)
     assert table[seen].std().item() == pytest.approx(0.02, rel=0.02)
     with pytest.raises(InputError, match="a tied table is the head too"):
-        addresses.new_model(Config(**vars(config) | dict(model="dense")), 0, tiny_data, "id", "vectors")
+        addresses.learn_where_needed(Config(**vars(config) | dict(model="dense")), tiny_data, "id", "vectors")
     content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2])
     with pytest.raises(InputError, match="damaged or of another vocabulary"):

@@ -117,7 +117,7 @@ def test_generation_is_seeded_and_greedy_at_zero():
 @pytest.mark.parametrize("flags, expected", [
     ("", ("learned", "vectors", 256)), ("--base 9", ("learned", "vectors", 9)), ("--addresses learned --start noise",
     ("learned", "noise", 256)), ("--paper", ("id", "noise", 7)), ("--addresses id", ("id", "noise", 7)),
-    ("--model dense", ("id", "noise", 7)), ("--paper --addresses learned", ("learned", "vectors", 256))])
+    ("--model dense", ("id", "noise", 256)), ("--paper --addresses learned", ("learned", "vectors", 256))])
 def test_where_a_model_starts(tmp_path, tiny_data, monkeypatch, flags, expected):
     """Learned addresses and a start from the vectors by default; the id and noise in the paper's reading and in twins."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(tiny_data), "--out", str(tmp_path), *SMALL, "--steps", "1",
