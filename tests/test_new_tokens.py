@@ -78,7 +78,7 @@ def test_from_runs_to_a_table(tiny_data, tmp_path, monkeypatch, capsys):
     assert [(line["method"], line["examples"]) for line in lines if line["model"].startswith("lev, width 1, learned")] == [
         ("as two tokens", 0), ("first free address", 0), ("nearest free address", 0), ("seed, pieces' mean", 0),
         ("seed, fitted from the mean", 3), ("seed, fitted from the mean", 1)]
-    assert capsys.readouterr().out.count("| dense-untied |") == 6
+    assert capsys.readouterr().out.count("| dense-untied |") == 4
     monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "dense")])
     with pytest.raises(InputError, match="use dense-untied"):
         new_tokens.main()
