@@ -164,6 +164,26 @@ def as_table(variants: dict) -> str:
     return "\n".join(lines)
 
 
+def frequency_table(variants: dict, role: str) -> str:
+    """Markdown: loss less the first variant's by how often a run has seen the input or target token; ± one standard deviation."""
+    groups = {"never seen": (0,), "rarest 3 deciles": (1, 2, 3), "deciles 4 to 9": (4, 5, 6, 7, 8, 9), "most frequent tenth": (10,)}
+
+    def losses(run):            # -> (groups) loss and tokens
+        rows = [[line for line in run[0]["by_frequency"] if line["role"] == role and line["decile"] in deciles and line["tokens"]]
+                for deciles in groups.values()]
+        tokens = np.array([sum(line["tokens"] for line in lines) for lines in rows])
+        total = np.array([sum(line["tokens"] * line["loss"] for line in lines) for lines in rows])
+        return np.divide(total, tokens, out=np.full(len(rows), np.nan), where=tokens > 0), tokens
+
+    first, *others = variants
+    tokens = np.mean([losses(run)[1] for run in variants[first]], axis=0)
+    lines = [f"| {role} token | " + " | ".join(f"{name} ({n:,.0f})" for name, n in zip(groups, tokens)) + " |", "|---" * 5 + "|"]
+    for name in others:
+        gaps = np.array([losses(run)[0] - losses(base)[0] for run, base in zip(variants[name], variants[first])])
+        lines.append(f"| {name} | " + " | ".join(spread(list(gap)) for gap in gaps.T) + " |")
+    return "\n".join(lines)
+
+
 def figure(panels: int):
     import matplotlib
     matplotlib.use("Agg")
@@ -263,8 +283,9 @@ def main(args):
         title = (f"{name}: {flags['preset']}, {flags['steps']:,} steps of {flags['tokens_per_step']:,} tokens, "
                  f"{Path(flags['data']).name}")
         (plot_rates if name == "rate" else plot_losses)(variants, args.out / f"{name}.png", title)
+        tables.append(f"{title}\n\n{as_table(variants)}\n")
         if len(variants) > 1 and name != "rate":
             plot_frequency(variants, args.out / f"{name}-frequency.png", title)
-        tables.append(f"{title}\n\n{as_table(variants)}\n")
-        print("\n" + tables[-1], flush=True)
+            tables += [f"{title}, by frequency\n\n{frequency_table(variants, role)}\n" for role in ("input", "target")]
+    print("\n" + "\n".join(tables))
     (args.out / "tables.md").write_text("\n".join(tables), encoding="utf-8")

@@ -28,7 +28,7 @@ def test_a_campaign_is_gone_on_with(tiny_data, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(line in printed for line in tables.splitlines())
     rows = [line.split(" | ") for line in tables.splitlines() if line.startswith("| v1 ")]
-    assert len(rows) == 1 and "±" in rows[0][2] and rows[0][4] == "2 |"
+    assert len(rows) == 3 and "±" in rows[0][2] and rows[0][4] == "2 |"         # losses; by frequency of input and of target
     for figure in ("one.png", "one-frequency.png", "two.png"):
         assert (tmp_path / figure).stat().st_size > 10_000
 
