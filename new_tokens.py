@@ -26,8 +26,8 @@ from quality import spread
 BEFORE, AFTER = 32, 16          # tokens of a sentence that stand before and behind the new one
 SEARCHED = 10_000_000           # training tokens in which sentences are looked for
 TESTED = 16                     # sentences of validation for each new token
-STEPS, BATCH = 40, 64           # of Adam, whose rate falls linearly to 0; sentences
-RATES = (0.03, 0.1, 0.3)        # of Adam, in standard deviations of what it fits: the best is taken, by sentences set aside
+STEPS, BATCH = 40, 32           # of Adam, whose rate falls linearly to 0; sentences
+RATES = (0.1, 0.3, 1.0)         # of Adam, in standard deviations of what it fits: the best is taken, by sentences set aside
 
 
 def find_words(train: np.ndarray, val: np.ndarray, V: int, n: int, examples: int, never: int = -1) -> np.ndarray:
@@ -65,7 +65,7 @@ def sentences(text: np.ndarray, pairs: np.ndarray, V: int, n: int, rng) -> tuple
 
 def losses(model, sentences):
     """Nats of every token but the first. (..., T) -> (..., T - 1)"""
-    parts = [F.cross_entropy(model(part[:, :-1]).transpose(1, 2), part[:, 1:], reduction="none")
+    parts = [F.cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten(), reduction="none")
              for part in sentences.flatten(0, -2).split(BATCH)]
     return torch.cat(parts).view(*sentences.shape[:-1], -1)
 
@@ -200,7 +200,7 @@ def main():
     parser = argparse.ArgumentParser(description="Add tokens to trained models.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or checkpoints")
     parser.add_argument("--words", type=int, default=32, help="new tokens [%(default)s]")
-    parser.add_argument("--examples", type=int, nargs="+", default=[4, 64], help="sentences for each [4 64]")
+    parser.add_argument("--examples", type=int, nargs="+", default=[4, 32], help="sentences for each [4 32]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, a JSON line each")
     args = parser.parse_args()
     if min(args.words, *args.examples) < 1:
