@@ -52,7 +52,7 @@ EXPERIMENTS = {
     "scale": {"dense": "--model dense"} | {f"dense, D = {d}": f"--model dense --d-model {d}" for d in (64, 192)} | {"ours": ""},
     "vocabulary": BODY | CONTROL | {"ours": ""},            # what matters most, for data of another vocabulary
 }
-ONE_SEED = {"rate"}             # a sweep, of which only the best is repeated
+ONE_SEED = {"rate", "digits"}   # sweeps, of which only the best is repeated
 
 
 @torch.no_grad()
@@ -260,7 +260,7 @@ def plot_rates(variants: dict, path: Path, title: str):
 
 def add_arguments(parser):
     parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=["iso-body", "addresses"], metavar="NAME",
-                        help=f"any of {', '.join(EXPERIMENTS)}; made for nano and V = 8,192 [iso-body addresses]")
+                        help=f"any of {', '.join(EXPERIMENTS)}; made for nano and V = 8,192")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--train", default="", metavar="FLAGS", help="flags of train.py that all runs share, in quotes")
     parser.add_argument("--quick", action="store_true", help="iso-body, smaller: one seed, 100 steps of 2,048 tokens")
