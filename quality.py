@@ -48,7 +48,7 @@ EXPERIMENTS = {
         "learned, from vectors": f"{V1} {SMALLEST}", "the same, base 64": f"{V1} --base 64", "the same, base 256": V1},
     "digits": BODY | CONTROL | {f"k = {k}, {name}": " ".join(f"{V1} {flags} {'' if k == 3 else f'--n-coords {k}'}".split())
                for name, flags in (("id", "--addresses id"), ("learned, from vectors, base 256", "")) for k in (1, 2, 3, 4)},
-    "isoparametric": BODY | CONTROL | {"ours": "", "ours, deepened": "--isoparametric"},
+    "isoparametric": BODY | CONTROL | {"v1, width 8": V1, "v1, width 8, deepened": f"{V1} --isoparametric"},    # ours: by no layer
     "scale": {"dense": "--model dense"} | {f"dense, D = {d}": f"--model dense --d-model {d}" for d in (64, 192)} | {"ours": ""},
     "vocabulary": BODY | CONTROL | {"ours": ""},            # what matters most, for data of another vocabulary
 }
