@@ -13,7 +13,6 @@ quantisation: z can start as the vector's approximation (`--start vectors`).
 """
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from leviathan import Config, InputError, LanguageModel, digits, smallest_base
-from prepare_pile import Windows, read_meta
+from common import InputError, command_line
+from leviathan import Config, LanguageModel, digits, smallest_base
+from shards import Windows, read_meta
 
 ADDRESSES = ("id", "shuffled", "frequency", "learned")      # the id itself [P], in any order, the rank by frequency, by use [O]
 STARTS = ("noise", "vectors")   # as if nothing were known; codebooks, or a table, from the vectors that addresses are learned from
@@ -275,7 +275,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"addresses.py: {error}")
+    command_line(main)

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import quality
-from leviathan import Config, InputError, LanguageModel, TokenGenerator, linear_cross_entropy
+from common import InputError, command_line
+from leviathan import Config, LanguageModel, TokenGenerator, linear_cross_entropy
 from prepare_pile import documents, stdlib_files
 from train import choose_device, expected_memory, peak_flops
 
@@ -485,7 +486,4 @@ def speed(args):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"bench.py: {error}")
+    command_line(main)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prepare_pile import prepare, train_tokenizer
+from prepare_pile import prepare
+from tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -24,22 +24,17 @@ Names: paper symbol, code                       Shapes, in comments
 How the decoder differs from Hugging Face's Llama: it does not, and its parameters carry the same names; `TokenGenerator`
 alone stands where Llama has `embed_tokens`. All three twins (`Config.model`) share everything else.
 """
-import json
 import math
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-class InputError(ValueError):
-    """Something the user can mend. The scripts print it as one line, without a traceback."""
-
+from common import InputError, load_tensors, newest_checkpoint, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: a preset is a shape, a generator is a reading of the method.
@@ -565,31 +560,3 @@ def isoparametric_depth(config: Config) -> int:
         ours, twin = (LanguageModel(replace(config, model=m)).parameters_by_part() for m in ("leviathan", "dense-untied"))
         block = sum(p.numel() for p in Block(config).parameters())
     return config.n_layers + max(0, twin["table"] - ours["generator"]) // block
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: folders `step-00000300` with config.json and model.pt (and what train.py adds).
-
-def newest_checkpoint(path) -> Path:
-    """The folder itself if it is a checkpoint, else the newest checkpoint in it. Raises InputError if there is none."""
-    path = Path(path)
-    found = [path] if (path / "model.pt").exists() else sorted(path.glob("step-*[0-9]"))
-    if not found:
-        raise InputError(f"no checkpoint in {path}: name a folder that train.py has written")
-    return found[-1]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is missing or damaged ({error})") from error
-
-
-def load_tensors(path: Path, device="cpu"):
-    """What torch.save wrote, loaded without running code from the file. Raises InputError if it is damaged."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:      # torch raises anything from EOFError to RuntimeError on a file cut short
-        raise InputError(f"{path} is missing, damaged or cut short ({str(error).splitlines()[0]}): "
-                         "use an earlier checkpoint") from error

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from addresses import approximate
-from leviathan import InputError, LanguageModel, newest_checkpoint, read_json
-from prepare_pile import Windows, read_meta, tokenizer_from_json
+from common import InputError, command_line, newest_checkpoint, read_json
+from leviathan import LanguageModel
 from quality import spread
+from shards import Windows, read_meta
+from tokenizer import tokenizer_from_json
 
 BEFORE, AFTER = 32, 16          # tokens of a sentence that stand before and behind the new one
 SEARCHED = 10_000_000           # training tokens in which sentences are looked for
@@ -216,7 +218,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"new_tokens.py: {error}")
+    command_line(main)

@@ -1,203 +1,60 @@
-"""Text to binary token shards, and the reader of those shards: the one place that knows their format.
+"""Text to binary token shards, on all cores. What is written, and how it is read, stands in shards.py.
 
     python prepare_pile.py                                          # this Python's standard library -> data/stdlib
-    python prepare_pile.py --input 00.jsonl.zst --val val.jsonl.zst --encoding o200k_base --out data/pile
+    python prepare_pile.py --pile 0                                 # one shard of the Pile -> data/pile
+    python prepare_pile.py --input texts/ more.jsonl.zst --encoding o200k_base --out data/mine
+    python prepare_pile.py --verify data/mine                       # is every byte what it was?
 
-A prepared folder holds shards of 100 M tokens, `train-00000.bin` ... and `val-00000.bin` ..., and a `meta.json` with the
-tokenizer and the counts. A shard is llm.c's: 256 little-endian int32 (20240801, 7, number of tokens, zeros), then uint32
-tokens. `<|endoftext|>` stands before each document. A folder appears under its name only when it is whole.
+One process reads and writes, in order; a pool tokenises megabytes of lines. All is written into OUT.partial, which becomes
+OUT when it is whole. Every few seconds the shards are flushed and `progress.npz` says how far they reach: the same command
+after a crash cuts them to that length and goes on, so that the result is the same, byte for byte.
 """
 import argparse
-import base64
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-import sys
-import sysconfig
-from itertools import chain
+import signal
+import threading
+import time
+import zipfile
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
+import filelock
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from leviathan import InputError, read_json
+from common import InputError, command_line, written_whole
+from documents import Chunk, Position, chunks, documents, download_pile, find_files, parse_chunk, pile_shards, refuse, stdlib_files
+from shards import MOST_DOMAINS, OTHER, SPLITS, TOKEN, Split, read_meta, verify
+from tokenizer import END_OF_TEXT, fingerprint, get_encoding, tokenizer_from_json, tokenizer_to_json, train_tokenizer
 
-MAGIC, VERSION, HEADER_BYTES = 20240801, 7, 1024
-TOKEN = np.dtype("<u4")
-SHARD_TOKENS = 100_000_000
-END_OF_TEXT = "<|endoftext|>"
 STDLIB_VOCABULARY = 8_192
+LONGEST_RUN = 100_000           # characters; tiktoken fails on a million spaces
+SAVE_SECONDS = 5                # of work are lost in a crash
+LISTED = 1_000                  # bad lines that meta.json lists; all are counted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: any of tiktoken's by name, or one trained here, whose merges travel in the JSON.
+# Tokenising, in a pool of processes.
 
-def train_tokenizer(texts, vocab_size: int, name: str) -> tiktoken.Encoding:
-    """A byte-pair encoding of `vocab_size` ids, the last of them <|endoftext|>, trained on an iterator of texts."""
-    import rustbpe  # here, since only preparation needs it
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, vocab_size=vocab_size - 1)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    return tiktoken.Encoding(name, pat_str=trainer.get_pattern(), mergeable_ranks=ranks,
-                             special_tokens={END_OF_TEXT: len(ranks)})
-
-
-def fingerprint(encoding: tiktoken.Encoding) -> str:
-    """SHA-256 of all that decides how text is split: pattern, ranks and special tokens."""
-    ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
-    return hashlib.sha256(json.dumps([encoding._pat_str, ranks, sorted(encoding._special_tokens.items())]).encode()).hexdigest()
-
-
-def tokenizer_to_json(encoding: tiktoken.Encoding) -> dict:
-    """Name, size and fingerprint; with pattern and tokens in rank order where tiktoken does not know the name."""
-    known = dict(name=encoding.name, vocab_size=encoding.n_vocab, fingerprint=fingerprint(encoding))
-    if encoding.name in tiktoken.list_encoding_names():
-        return known
-    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
-    return known | dict(pattern=encoding._pat_str, tokens=[base64.b64encode(token).decode() for token in tokens])
-
-
-def get_encoding(name: str) -> tiktoken.Encoding:
-    """tiktoken's encoding of that name, with its errors made clear."""
-    if name not in tiktoken.list_encoding_names():
-        raise InputError(f"unknown encoding {name!r}: choose from {', '.join(tiktoken.list_encoding_names())}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:      # requests' errors, whose package we do not import
-        raise InputError(f"tiktoken could not load {name} ({type(error).__name__}): it downloads the encoding once; "
-                         "without internet, point TIKTOKEN_CACHE_DIR at a folder that holds it") from error
-
-
-def tokenizer_from_json(known: dict) -> tiktoken.Encoding:
-    """The encoding that tokenizer_to_json described. Raises InputError if it is not the same any more."""
-    try:
-        if "tokens" in known:
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(known["tokens"])}
-            encoding = tiktoken.Encoding(known["name"], pat_str=known["pattern"], mergeable_ranks=ranks,
-                                         special_tokens={END_OF_TEXT: len(ranks)})
-        else:
-            encoding = get_encoding(known["name"])
-        same = fingerprint(encoding) == known["fingerprint"] and encoding.n_vocab == known["vocab_size"]
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the tokenizer's description is damaged ({error!r}): prepare the data again") from error
-    if not same:
-        raise InputError(f"the tokenizer {known['name']} does not match: it is not the one that made the data "
-                         "(vocabulary or fingerprint differ); prepare the data again")
-    return encoding
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents: whole text files, or the field "text" of JSON lines; plain or zstd.
-
-def read_blocks(path: Path, progress):
-    """The bytes of a file in blocks, through zstd where its name ends so: all frames, and the last one whole."""
-    import zstandard  # here, since reading shards does not need it
-    decompressor = None
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            progress(len(block))
-            if path.suffix != ".zst":
-                yield block
-                continue
-            while block:
-                decompressor = decompressor or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                try:
-                    yield decompressor.decompress(block)
-                except zstandard.ZstdError as error:
-                    raise InputError(f"{path} is not valid zstd ({error}): fetch it again") from error
-                block = decompressor.unused_data
-                decompressor = None if decompressor.eof else decompressor
-    if decompressor is not None:
-        raise InputError(f"{path} is cut short (its last zstd frame has no end): fetch it again")
-
-
-def lines(blocks):
-    """Lines of bytes, split at \\n alone: text may hold U+2028 and U+0085, which splitlines() would split too."""
-    rest = b""
-    for block in blocks:
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    yield rest
-
-
-def documents(path: Path, progress=lambda n: None):
-    """The texts in a file. Raises InputError with file and line number where one is not to be read."""
-    if ".json" not in "".join(path.suffixes):
-        try:
-            yield b"".join(read_blocks(path, progress)).decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it") from error
-        return
-    for number, line in enumerate(lines(read_blocks(path, progress)), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            text.encode()           # a lone surrogate is valid JSON, not valid text
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: not a JSON object with a valid \"text\" ({error!r}): "
-                             "mend or remove the line") from error
-        yield text
-
-
-def stdlib_files() -> list[Path]:
-    """The sources of this Python's standard library, without tests and installed packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
-    if not files:
-        raise InputError(f"no sources of the standard library in {root}: name your own text with --input")
-    return files
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing.
-
-class ShardWriter:
-    """Writes tokens of one split into shards, each under a temporary name until it is whole."""
-    def __init__(self, folder: Path, split: str, vocab_size: int):
-        self.folder, self.split = folder, split
-        self.file, self.shards, self.documents = None, [], 0
-        self.counts = np.zeros(vocab_size, dtype=np.int64)
-
-    def write(self, tokens: list[int]):
-        """Append one document."""
-        tokens = np.asarray(tokens, dtype=TOKEN)
-        self.documents += 1
-        np.add.at(self.counts, tokens, 1)
-        while len(tokens):
-            if self.file is None:
-                self.path = self.folder / f"{self.split}-{len(self.shards):05d}.bin"
-                self.file = open(f"{self.path}.tmp", "wb")
-                self.file.write(bytes(HEADER_BYTES))
-                self.in_shard = 0
-            part, tokens = np.split(tokens, [SHARD_TOKENS - self.in_shard])
-            self.file.write(part.tobytes())
-            self.in_shard += len(part)
-            if self.in_shard == SHARD_TOKENS:
-                self.finish_shard()
-
-    def finish_shard(self):
-        if self.file is None:
-            return
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self.in_shard
-        self.file.seek(0)
-        self.file.write(header.tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(f"{self.path}.tmp", self.path)
-        self.shards.append(dict(file=self.path.name, tokens=self.in_shard))
-        self.file = None
-
-    def summary(self) -> dict:
-        return dict(documents=self.documents, tokens=int(self.counts.sum()), distinct_ids=int((self.counts > 0).sum()),
-                    shards=self.shards)
+class Encoded(NamedTuple):
+    """The documents of a chunk, one after the other."""
+    tokens: np.ndarray          # uint32, with <|endoftext|> before each document
+    lengths: np.ndarray         # of the documents, in tokens
+    sizes: np.ndarray           # ... in bytes of UTF-8
+    held_out: np.ndarray        # whether a hash of the text chooses it for validation
+    domains: list[str]
+    bad: list[tuple[str, str]]
+    end: Position
 
 
 def held_out(text: str, one_in: int) -> bool:
@@ -205,67 +62,242 @@ def held_out(text: str, one_in: int) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % one_in == 0
 
 
-def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, val_files: list[Path] = (),
-            holdout: int = 20) -> dict:
-    """Tokenise `files` into the new folder `out` and return its meta.json.
+def cut_runs(text: str) -> list[str]:
+    """The text, cut where whitespace, or its absence, goes on for long: no run of more than twice LONGEST_RUN is left.
+
+    tiktoken takes the longer the more of memory for such a run, and panics where it is of whitespace. All other texts are
+    left whole, and so have exactly tiktoken's tokens.
+    """
+    starts = range(0, len(text), LONGEST_RUN)
+    run = lambda part: len(part) == LONGEST_RUN and (part.isspace() or part.split(None, 1) == [part])        # noqa: E731
+    cuts = [0, *(i for i in starts if i and run(text[i:i + LONGEST_RUN])), len(text)]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+def start_worker(encoding: tiktoken.Encoding, one_in: int | None):
+    """In each process of the pool: take what all chunks need, leave Ctrl-C to the parent, and end when it ends."""
+    global shared
+    shared = encoding, one_in
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=lambda: wait([parent.sentinel]) and os._exit(1), daemon=True).start()
+
+
+def encode(chunk: Chunk) -> Encoded:
+    """Parse and tokenise. A literal <|endoftext|> in a text is text."""
+    encoding, one_in = shared
+    end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)], dtype=TOKEN)
+    parts, lengths, sizes, chosen, domains, bad = [], [], [], [], [], []
+    for text, domain in parse_chunk(chunk, bad):
+        own = [end_of_text, *(encoding.encode_to_numpy(part, disallowed_special=()) for part in cut_runs(text))]
+        parts += own
+        lengths.append(sum(map(len, own)))
+        sizes.append(len(text.encode()))
+        chosen.append(one_in is not None and held_out(text, one_in))
+        domains.append(domain)
+    tokens = np.concatenate(parts, dtype=TOKEN) if parts else np.zeros(0, TOKEN)
+    return Encoded(tokens, np.array(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64), np.array(chosen, dtype=bool),
+                   domains, bad, chunk.end)
+
+
+def in_order(chunks, encoding: tiktoken.Encoding, one_in: int | None, workers: int):
+    """encode() of each chunk, in order, by processes that are never more than a few chunks ahead; 1: by this one."""
+    if workers == 1:
+        start_worker(encoding, one_in)
+        yield from map(encode, chunks)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (encoding, one_in))
+    ahead = deque()
+    try:
+        for chunk in chunks:
+            ahead.append(pool.submit(encode, chunk))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool as error:
+        raise InputError("a worker was killed, perhaps for want of memory: lower --workers; the same command goes on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder that is being written.
+
+@contextmanager
+def sole_writer(out: Path):
+    """Raises InputError while another process prepares the same folder."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(f"{out}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise InputError(f"another run is writing {out} just now: wait for it, or choose another --out") from error
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} exists already: remove it or choose another --out")
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+class Unfinished:
+    """OUT.partial: both splits, and how far the sources are read. What `save` wrote, the next run goes on from."""
+    def __init__(self, folder: Path, request: dict, choose_encoding):
+        self.folder, self.request, self.file = folder, request, folder / "progress.npz"
+        if self.file.exists():
+            self.restore()
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} holds files but no progress.npz: remove it, or choose another --out")
+        folder.mkdir(exist_ok=True)
+        self.use(choose_encoding())
+        self.position, self.sources, self.domains, self.bad, self.n_bad = Position(), [], [], [], 0
+        self.save()
+
+    def use(self, encoding: tiktoken.Encoding):
+        self.encoding, self.tokenizer = encoding, tokenizer_to_json(encoding)
+        self.splits = [Split(self.folder, name, encoding.n_vocab) for name in SPLITS]
+
+    def save(self):
+        """Flush the shards, then say so."""
+        states = [split.state(len(self.domains)) for split in self.splits]
+        state = dict(request=self.request, tokenizer=self.tokenizer, position=self.position, sources=self.sources,
+                     domains=self.domains, bad=self.bad, n_bad=self.n_bad, splits=[about for about, _ in states])
+        with written_whole(self.file) as path, open(path, "wb") as file:
+            np.savez(file, state=json.dumps(state), **{name: array for _, arrays in states for name, array in arrays.items()})
+        self.saved = time.monotonic()
+
+    def restore(self):
+        try:
+            with np.load(self.file, allow_pickle=False) as arrays:
+                state = json.loads(arrays["state"].item())
+                changed = [key for key in self.request if self.request[key] != state["request"].get(key)]
+                if changed:
+                    raise InputError(f"{self.folder} was begun by another command (its {changed[0]} differed): repeat that, or "
+                                     "remove the folder, or choose another --out")
+                self.use(tokenizer_from_json(state["tokenizer"]))
+                self.position, self.sources, self.domains = Position(*state["position"]), state["sources"], state["domains"]
+                self.bad, self.n_bad = state["bad"], state["n_bad"]
+                for split, about in zip(self.splits, state["splits"]):
+                    split.restore(about, arrays)
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.file} is damaged ({error!r}): remove {self.folder} to start over") from error
+        self.saved = time.monotonic()
+
+    def add(self, encoded: Encoded, in_validation: bool):
+        """Write a chunk's documents to their splits."""
+        for name in dict.fromkeys(encoded.domains):
+            if name not in self.domains and len(self.domains) < MOST_DOMAINS:
+                self.domains.append(name if len(self.domains) < MOST_DOMAINS - 1 else OTHER)
+        number = {name: i for i, name in enumerate(self.domains)}
+        domains = np.array([number.get(name, MOST_DOMAINS - 1) for name in encoded.domains], dtype=np.int64)
+        chosen = encoded.held_out | in_validation
+        of_token = np.repeat(chosen, encoded.lengths)
+        for split, own, tokens in zip(self.splits, (~chosen, chosen), (encoded.tokens[~of_token], encoded.tokens[of_token])):
+            split.write(tokens, encoded.lengths[own], encoded.sizes[own], domains[own])
+        self.bad += [(Path(place).name, reason) for place, reason in encoded.bad[:LISTED - len(self.bad)]]
+        self.n_bad += len(encoded.bad)
+        self.position = encoded.end
+        self.sources[self.position.source:] = [[self.position.read, self.position.sha256]]
+
+    def finish(self, names: list[str]) -> dict:
+        """The last shards, counts.npy and meta.json, which is returned."""
+        for split in self.splits:
+            split.finish_shard()
+        train, val = self.splits
+        frequency = (train.counts + 1) / (train.counts + 1).sum()       # the add-one unigram model: what to beat
+        np.save(self.folder / "counts.npy", train.counts)
+        meta = dict(tokenizer=self.tokenizer, end_of_text=self.encoding.encode_single_token(END_OF_TEXT),
+                    sources=[dict(file=name, bytes=size, sha256=digest) for name, (size, digest) in zip(names, self.sources)],
+                    skipped=dict(lines=self.n_bad, first=self.bad), domains=self.domains,
+                    train=train.summary(self.domains), val=val.summary(self.domains),
+                    unigram_val_loss=float(-(val.counts * np.log(frequency)).sum() / val.counts.sum()))
+        with written_whole(self.folder / "meta.json") as path:
+            path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        self.file.unlink()
+        return meta
+
+
+def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, val_files: list[Path] = (), holdout: int = 20,
+            workers: int = 1, skip_bad: bool = False) -> dict:
+    """Tokenise `files` into the new folder `out` and return its meta.json; go on where an interrupted run of the same was.
 
     Validation is `val_files`, or one document in `holdout`. encoding None: trained on the training documents.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already: remove it or choose another --out")
-    for file in (*files, *val_files):
+    sources, one_in = [*files, *val_files], None if val_files else holdout
+    for file in sources:
         if not file.is_file():
             raise InputError(f"{file} is not a file that can be read: check --input and --val")
-    in_validation = lambda text: not val_files and held_out(text, holdout)      # noqa: E731
-    if encoding is None:
+    sizes = [file.stat().st_size for file in sources]
+    request = dict(sources=[file.name for file in sources], validation=[len(val_files), one_in],
+                   tokenizer=encoding and fingerprint(encoding))
+
+    def choose_encoding():
+        if encoding is not None:
+            return encoding
         print(f"training a byte-pair vocabulary of {STDLIB_VOCABULARY:,} on {len(files):,} files")
-        texts = (text for file in files for text in documents(file) if not in_validation(text))
-        encoding = train_tokenizer(texts, STDLIB_VOCABULARY, f"bpe{STDLIB_VOCABULARY}")
-    end_of_text = encoding.encode_single_token(END_OF_TEXT)
+        texts = (text for file in files for text in documents(file, skip_bad) if one_in is None or not held_out(text, one_in))
+        return train_tokenizer(texts, STDLIB_VOCABULARY, f"bpe{STDLIB_VOCABULARY}")
 
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        train, val = (ShardWriter(partial, split, encoding.n_vocab) for split in ("train", "val"))
-        with tqdm(total=sum(f.stat().st_size for f in (*files, *val_files)), unit="B", unit_scale=True,
-                  desc=f"tokenising into {out}", mininterval=0.5) as bar:
-            def flush(batch):
-                encoded = encoding.encode_ordinary_batch([text for _, text in batch], num_threads=os.cpu_count() or 1)
-                for (writer, _), tokens in zip(batch, encoded):
-                    writer.write([end_of_text, *tokens])
-
-            marked = chain(((val if in_validation(text) else train, text) for f in files for text in documents(f, bar.update)),
-                           ((val, text) for f in val_files for text in documents(f, bar.update)))
-            batch, size = [], 0
-            for writer, text in marked:
-                batch.append((writer, text))
-                size += len(text)
-                if size > 2**22:
-                    flush(batch)
-                    batch, size = [], 0
-            flush(batch)
-        for writer, name in ((train, "training"), (val, "validation")):
-            writer.finish_shard()
-            if not writer.shards:
-                raise InputError(f"no {name} documents among {train.documents + val.documents} in all: give more "
-                                 "documents, or a validation file of its own with --val")
-        frequency = (train.counts + 1) / (train.counts + 1).sum()       # the add-one unigram model: what to beat
-        meta = dict(tokenizer=tokenizer_to_json(encoding), end_of_text=end_of_text,
-                    sources=[file.name for file in files][:100], train=train.summary(), val=val.summary(),
-                    unigram_val_loss=float(-(val.counts * np.log(frequency)).sum() / val.counts.sum()))
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    with sole_writer(out):
+        if not (partial / "meta.json").exists():
+            unfinished = Unfinished(partial, request, choose_encoding)
+            tokenise(unfinished, sources, sizes, len(files), one_in, workers, skip_bad)
+            for split in unfinished.splits:
+                if not split.totals.any():
+                    shutil.rmtree(partial)
+                    raise InputError(f"no documents for {split.name} among {sum(s.totals[:, 0].sum() for s in unfinished.splits)} "
+                                     "in all: give more documents, or a validation file of its own with --val")
+            unfinished.finish(request["sources"])
         if out.exists():
             out.rmdir()
         os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for split in ("train", "val"):
-        print(f"{split:>5}: {meta[split]['documents']:,} documents, {meta[split]['tokens']:,} tokens, "
-              f"{meta[split]['distinct_ids']:,} distinct ids in {len(meta[split]['shards'])} shards")
-    print(f"a unigram model's validation loss: {meta['unigram_val_loss']:.3f} nats per token")
+    meta = read_meta(out)
+    report(meta)
     return meta
+
+
+def tokenise(unfinished: Unfinished, sources: list[Path], sizes: list[int], n_train: int, one_in, workers: int, skip_bad: bool):
+    """All that is left of the sources."""
+    begun = unfinished.position
+    for file, size, (was, _) in zip(sources, sizes, unfinished.sources[:begun.source]):
+        if size != was:
+            raise InputError(f"{file} has changed since it was read: put it back, or remove {unfinished.folder} to start over")
+    left = (chunk for i in range(begun.source, len(sources))
+            for chunk in chunks(sources[i], begun if i == begun.source else Position(source=i)))
+    done = sum(sizes[:begun.source]) + begun.read
+    started, text, tokens = time.monotonic(), 0, 0
+    with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, desc=f"tokenising into {unfinished.folder.stem}",
+              mininterval=0.5) as bar:
+        for encoded in in_order(left, unfinished.encoding, one_in, workers):
+            if not skip_bad:
+                refuse(encoded.bad)
+            unfinished.add(encoded, in_validation=encoded.end.source >= n_train)
+            text, tokens, seconds = text + encoded.sizes.sum(), tokens + len(encoded.tokens), time.monotonic() - started
+            bar.set_postfix_str(f"{text / 1e6 / seconds:.1f} MB/s of text, {tokens / 1e6 / seconds:.2f} M tokens/s", refresh=False)
+            bar.update(sum(sizes[:encoded.end.source]) + encoded.end.read - bar.n)
+            if time.monotonic() - unfinished.saved > SAVE_SECONDS:
+                unfinished.save()
+
+
+def report(meta: dict):
+    """The table by domain, and what was left out."""
+    print(f"\n{'':32}{'documents':>14}{'bytes':>20}{'tokens':>18}{'bytes/token':>13}{'distinct ids':>14}")
+    for split in SPLITS:
+        by_domain = meta[split]["domains"]
+        for name, n in [*(by_domain.items() if len(by_domain) > 1 else ()), (f"{split} in all", meta[split])]:
+            print(f"{name:32.32}{n['documents']:>14,}{n['bytes']:>20,}{n['tokens']:>18,}{n['bytes'] / n['tokens']:>13.3f}"
+                  f"{n['distinct_ids']:>14,}")
+    if meta["skipped"]["lines"]:
+        print(f"\nleft out, as they could not be read: {meta['skipped']['lines']:,}")
+        for place, reason in meta["skipped"]["first"][:20]:
+            print(f"    {place}: {reason}")
+    print(f"\na unigram model's validation loss: {meta['unigram_val_loss']:.3f} nats per token")
 
 
 def prepare_stdlib(out: Path = Path("data/stdlib")) -> dict:
@@ -273,126 +305,47 @@ def prepare_stdlib(out: Path = Path("data/stdlib")) -> dict:
     return prepare(stdlib_files(), out, encoding=None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading.
-
-def read_meta(folder: Path) -> dict:
-    """meta.json of a prepared folder, checked. Raises InputError."""
-    if not (folder / "meta.json").is_file():
-        raise InputError(f"no prepared data in {folder} (no meta.json): run prepare_pile.py --input FILE --out {folder}")
-    meta = read_json(folder / "meta.json")
-    try:
-        for split in ("train", "val"):
-            assert all(isinstance(s["file"], str) and isinstance(s["tokens"], int) for s in meta[split]["shards"])
-        assert isinstance(meta["tokenizer"]["vocab_size"], int) and isinstance(meta["end_of_text"], int)
-    except (KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{folder / 'meta.json'} lacks a field or has one of the wrong kind ({error!r}): "
-                         "prepare the data again") from error
-    return meta
-
-
-def open_shard(path: Path, tokens: int) -> np.memmap:
-    """The tokens of a shard, memory-mapped. Raises InputError for anything but a whole shard of that many tokens."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing, though meta.json lists it: prepare the data again")
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        raise InputError(f"{path} is not a token shard (magic {header[:2].tolist()}, expected [{MAGIC}, {VERSION}]): "
-                         "prepare the data again")
-    size = HEADER_BYTES + TOKEN.itemsize * tokens
-    if header[2] != tokens or path.stat().st_size != size:
-        raise InputError(f"{path} is truncated or of other data: {path.stat().st_size:,} bytes and {header[2]:,} tokens in "
-                         f"its header, expected {size:,} and {tokens:,}: prepare the data again")
-    return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES)
-
-
-def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """A seeded permutation of 0 ... n-1, computed at the given indices rather than stored.
-
-    A Feistel network permutes 0 ... 4^bits - 1; where it leads outside, it is applied again ("cycle walking").
-    """
-    bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(bits)) - 1)
-    keys = np.random.default_rng(seed).integers(2**63, size=6, dtype=np.uint64)
-
-    def walk(x):
-        left, right = x >> bits, x & mask
-        for key in keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)        # Knuth's multiplicative hash, modulo 2^64
-            mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(32)) & mask
-        return left << bits | right
-
-    x = walk(np.asarray(index, dtype=np.uint64))
-    while (outside := x >= n).any():
-        x[outside] = walk(x[outside])
-    return x.astype(np.int64)
-
-
-class Windows:
-    """One split of a prepared folder as windows of seq_len + 1 tokens, which start at multiples of seq_len in a shard.
-
-    Windows cross documents, not shards; the tail of a shard that fills no window is dropped.
-    """
-    def __init__(self, folder, split: str, seq_len: int):
-        self.meta = read_meta(Path(folder))
-        self.seq_len, self.vocab_size = seq_len, self.meta["tokenizer"]["vocab_size"]
-        listed = self.meta[split]["shards"]
-        self.paths = [Path(folder) / shard["file"] for shard in listed]
-        self.shards = [open_shard(path, shard["tokens"]) for path, shard in zip(self.paths, listed)]
-        self.ends = np.cumsum([max(0, len(shard) - 1) // seq_len for shard in self.shards])
-        if not len(self):
-            raise InputError(f"the {split} split of {folder} is shorter than one window of {seq_len + 1} tokens: "
-                             "lower --seq-len or prepare more text")
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Window i in file order. -> (seq_len + 1) int64"""
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        start = (i - (self.ends[shard - 1] if shard else 0)) * self.seq_len
-        return self.tokens(shard, start, start + self.seq_len + 1)
-
-    def tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Part of a shard. -> (stop - start) int64. Raises InputError for ids beyond the vocabulary."""
-        tokens = self.shards[shard][start:stop].astype(np.int64)
-        if tokens.max() >= self.vocab_size:
-            raise InputError(f"{self.paths[shard]} holds the id {tokens.max()}, but the vocabulary has {self.vocab_size:,}: "
-                             "the shard is damaged or of another tokenizer; prepare the data again")
-        return tokens
-
-    def shuffled(self, positions: np.ndarray, seed: int) -> np.ndarray:
-        """The windows at these positions of an endless shuffled stream, in which every epoch holds each window once.
-
-        (n) -> (n, seq_len + 1). A position is all the state there is: any can be reached at once, on any rank.
-        """
-        epochs, within = np.divmod(positions, len(self))
-        order = np.concatenate([permute(within[epochs == epoch], len(self), seed=(seed, int(epoch)))
-                                for epoch in np.unique(epochs)])        # positions ascend, so epochs do
-        return np.stack([self[int(i)] for i in order])
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Text to binary token shards. Without --input: this Python's standard library.")
-    parser.add_argument("--input", nargs="+", type=Path, metavar="FILE",
-                        help="text (.txt ...) or JSON lines with a \"text\" (.jsonl), plain or .zst")
-    parser.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE",
-                        help="files for validation (default: documents of --input, chosen by a hash of their text)")
+    parser = argparse.ArgumentParser(description="Text to binary token shards. Without --input or --pile: this Python's standard "
+                                     "library. An interrupted run goes on by the same command.", allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--input", nargs="+", metavar="FILE",
+                        help="files, folders or patterns: text (.txt ...) or JSON lines with a \"text\" (.jsonl), plain or .zst")
+    source.add_argument("--pile", metavar="SHARDS",
+                        help="download the Pile (uncopyrighted): 0, 0-3, 1,5 or all of 30 shards of 11 GB, and its validation file")
+    source.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder from end to end")
+    parser.add_argument("--val", nargs="+", default=[], metavar="FILE",
+                        help="files for validation [the Pile's own, or documents chosen by a hash of their text]")
     parser.add_argument("--holdout", type=int, default=20, metavar="N",
-                        help="without --val, one document in N is for validation (default: %(default)s)")
-    parser.add_argument("--encoding", help="a tiktoken encoding, such as o200k_base "
-                        f"(default: a byte-pair vocabulary of {STDLIB_VOCABULARY:,}, trained on the input)")
-    parser.add_argument("--out", type=Path, default=Path("data/stdlib"), metavar="DIR", help="a new folder (default: %(default)s)")
+                        help="without --val, one document in N is for validation [%(default)s]")
+    parser.add_argument("--encoding", help="a tiktoken encoding [o200k_base for the Pile, else a byte-pair vocabulary of "
+                        f"{STDLIB_VOCABULARY:,} trained on the input]")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder [data/pile or data/stdlib]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+                        help="processes that tokenise [%(default)s]")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and count and list them")
     args = parser.parse_args()
-    if args.holdout < 2:
-        raise InputError(f"--holdout {args.holdout}: it must be at least 2, or nothing is left for training")
-    encoding = get_encoding(args.encoding) if args.encoding else None
-    prepare(args.input or stdlib_files(), args.out, encoding, args.val, args.holdout)
+    for name, least in (("holdout", 2), ("workers", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} {getattr(args, name)}: it must be at least {least}")
+    if args.verify:
+        meta = verify(args.verify)
+        print(f"{args.verify} is whole: {sum(len(meta[split]['shards']) for split in SPLITS):,} shards, "
+              f"{sum(meta[split]['tokens'] for split in SPLITS):,} tokens")
+        return
+    name = args.encoding or ("o200k_base" if args.pile else None)
+    encoding = get_encoding(name) if name else None
+    val_files = find_files(args.val)
+    if args.pile:
+        files, pile_val = download_pile(pile_shards(args.pile))
+        val_files = val_files or pile_val
+    else:
+        files = find_files(args.input) if args.input else stdlib_files()
+    if args.input and not args.out:
+        raise InputError("--input needs --out: name a new folder, such as data/mine")
+    prepare(files, args.out or Path("data/pile" if args.pile else "data/stdlib"), encoding, val_files, args.holdout, args.workers,
+            args.skip_bad)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"prepare_pile.py: {error}")
+    command_line(main)

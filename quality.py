@@ -21,8 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from leviathan import Config, InputError, LanguageModel
-from prepare_pile import Windows, prepare_stdlib
+from common import InputError
+from leviathan import Config, LanguageModel
+from prepare_pile import prepare_stdlib
+from shards import Windows
 from train import DEFAULT_DATA, choose_device
 
 HERE = Path(__file__).parent

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from leviathan import InputError, LanguageModel, newest_checkpoint, read_json
-from prepare_pile import END_OF_TEXT, tokenizer_from_json
+from common import InputError, command_line, newest_checkpoint, read_json
+from leviathan import LanguageModel
+from tokenizer import END_OF_TEXT, tokenizer_from_json
 
 
 def stream_text(model, tokenizer, ids: list[int], **how):
@@ -63,9 +64,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError, UnicodeDecodeError) as error:
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command_line(main)

@@ -5,9 +5,8 @@
     torchrun --nproc_per_node=8 train.py --preset 60m --data data/pile        # 8 GPUs
     python train.py --resume                                                  # go on where a stopped run was
 
-A step is `tokens_per_step` tokens whatever the number of GPUs and the size of a micro-batch: the windows of step n are
-positions n * W ... (n + 1) * W - 1 of a seeded stream, dealt out to the ranks. So the step's number is all that has to be
-remembered of the data, and any layout computes the same step. All hyperparameters here are [O] but for AdamW, clipping and
+A step is `tokens_per_step` tokens, the same ones whatever the number of GPUs and the size of a micro-batch (`shards.batches`):
+so the step's number is all that has to be remembered of the data. All hyperparameters here are [O] but for AdamW, clipping and
 the cosine [P].
 """
 import argparse
@@ -35,19 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import addresses
-from leviathan import (
-    PRESETS,
-    Config,
-    InputError,
-    LanguageModel,
-    LinearCrossEntropy,
-    isoparametric_depth,
-    load_tensors,
-    newest_checkpoint,
-    read_json,
-)
-from prepare_pile import Windows, prepare_stdlib, read_meta, tokenizer_from_json
+from common import InputError, command_line, load_tensors, newest_checkpoint, read_json
+from leviathan import PRESETS, Config, LanguageModel, LinearCrossEntropy, isoparametric_depth
+from prepare_pile import prepare_stdlib
 from sample import stream_text
+from shards import Windows, batches, read_meta
+from tokenizer import tokenizer_from_json
 
 DEFAULT_DATA = "data/stdlib"
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}   # dense bf16
@@ -314,9 +306,9 @@ def main():
             dist.all_reduce(values)
         return values.tolist()
 
-    def batches(windows: np.ndarray):
-        for start in range(0, len(windows), micro_batch):
-            yield torch.from_numpy(windows[start:start + micro_batch]).to(device, non_blocking=True)
+    def micro_batches(windows: torch.Tensor):
+        for part in windows.split(micro_batch):
+            yield part.to(device, non_blocking=True)
 
     n_eval = min(len(val_windows), max(1, t.eval_tokens // config.seq_len))
     eval_indices = np.linspace(0, len(val_windows) - 1, n_eval).astype(int)[rank::world]
@@ -324,11 +316,11 @@ def main():
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")
     def evaluate() -> float:
-        windows = np.stack([val_windows[i] for i in eval_indices]) if len(eval_indices) else np.empty((0, 1))
         loss = 0.0
-        for batch in batches(windows):
-            with autocast:
-                loss += model(batch[:, :-1], batch[:, 1:]).item() * len(batch)
+        if len(eval_indices):
+            for batch in micro_batches(torch.from_numpy(np.stack([val_windows[i] for i in eval_indices.tolist()]))):
+                with autocast:
+                    loss += model(batch[:, :-1], batch[:, 1:]).item() * len(batch)
         return total(loss)[0] / n_eval
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -356,13 +348,11 @@ def main():
     save = lambda: save_checkpoint(out, step, model, optimizer, description, meta["tokenizer"], t.keep)      # noqa: E731
     model.train()
     bar = tqdm(initial=first_step, total=t.steps, disable=rank > 0, dynamic_ncols=True, unit="step", mininterval=0.5)
-    step, last_saved = first_step, checkpoint
-    while step < t.steps and not stop:
-        started = time.perf_counter()
+    step, last_saved, started = first_step, checkpoint, time.perf_counter()
+    for windows in batches(train_windows, windows_per_step, range(first_step, t.steps), t.seed, rank, world, device.type == "cuda"):
         rate = learning_rate(step, t)
-        windows = train_windows.shuffled(np.arange(step * windows_per_step + rank, (step + 1) * windows_per_step, world), t.seed)
         loss = torch.zeros((), device=device)
-        for i, batch in enumerate(batches(windows)):
+        for i, batch in enumerate(micro_batches(windows)):
             last = (i + 1) * micro_batch >= len(windows)
             with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with autocast:                  # forward alone: else the generator would go backward in bfloat16
@@ -394,6 +384,9 @@ def main():
             bar.update()
             if step % t.save_every == 0 or step == t.steps or stop:
                 last_saved = save()
+        if stop:
+            break
+        started = time.perf_counter()
     bar.close()
 
     # ---- what came out -----------------------------------------------------------------------------------------------
@@ -413,9 +406,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        command_line(main)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}): lower --micro-batch, then --preset")

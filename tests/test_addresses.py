@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import addresses
-from leviathan import Config, InputError, digits
-from prepare_pile import Windows, read_meta
+from common import InputError
+from leviathan import Config, digits
+from shards import Windows, read_meta
 
 HERE = Path(__file__).parent.parent
 

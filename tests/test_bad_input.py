@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import prepare_pile
 import sample
+import shards
 import train
-from leviathan import Config, InputError, LanguageModel, TokenGenerator
+from common import InputError
+from leviathan import Config, LanguageModel, TokenGenerator
 
 HERE = Path(__file__).parent.parent
 SMALL = "--seq-len 32 --d-model 32 --n-layers 1 --n-heads 2 --d-seed 8 --mode-width 1 --steps 2 --tokens-per-step 64".split()
@@ -119,7 +120,7 @@ def damage_shard(folder: Path, how: str):
     elif how == "empty":
         content = content[:100]
     elif how == "id":
-        content[prepare_pile.HEADER_BYTES:] = np.full(len(content) // 4 - 256, 300, dtype="<u4").tobytes()
+        content[shards.HEADER_BYTES:] = np.full(len(content) // 4 - 256, 300, dtype="<u4").tobytes()
     path.write_bytes(content)
 
 

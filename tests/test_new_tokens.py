@@ -9,7 +9,8 @@ import torch
 import addresses
 import new_tokens
 import train
-from leviathan import Config, InputError, LanguageModel, TokenGenerator
+from common import InputError
+from leviathan import Config, LanguageModel, TokenGenerator
 
 TINY = dict(vocab_size=300, seq_len=64, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=2)
 

@@ -7,8 +7,9 @@ import torch
 
 import bench
 import quality
-from leviathan import Config, InputError, LanguageModel
-from prepare_pile import Windows
+from common import InputError
+from leviathan import Config, LanguageModel
+from shards import Windows
 
 TINY = ("--device cpu --seq-len 32 --d-model 32 --n-layers 1 --n-heads 2 --d-seed 8 --mode-width 1 --tokens-per-step 256 --steps 4 "
         "--eval-every 2 --eval-tokens 512")

@@ -10,7 +10,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import bench
-from leviathan import Config, InputError, LanguageModel, TokenGenerator
+from common import InputError
+from leviathan import Config, LanguageModel, TokenGenerator
 from test_leviathan import TINY, loopback_works, slow_generator, tiny_generator
 
 HERE = Path(__file__).parent.parent

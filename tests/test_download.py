@@ -1,0 +1,114 @@
+"""--pile against a server on loopback that speaks the Hugging Face Hub's protocol, with faults in the middle."""
+import hashlib
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from documents import PILE
+from shards import read_meta, verify
+
+HERE = Path(__file__).parent.parent
+pytest.importorskip("huggingface_hub")
+
+
+def shard(seed: int) -> bytes:
+    rng = random.Random(seed)
+    lines = [json.dumps({"text": rng.randbytes(2_000).hex(), "meta": {"pile_set_name": rng.choice("AB")}}) for _ in range(600)]
+    filling = rng.randbytes(12_000_000)          # a frame that zstd skips: huggingface_hub writes parts of 10 MB
+    return (zstandard.compress("\n".join(lines[:300]).encode()) + struct.pack("<II", 0x184D2A50, len(filling)) + filling
+            + zstandard.compress(("\n" + "\n".join(lines[300:])).encode()))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What `hf_hub_download` asks of the Hub: metadata in the headers of a HEAD, bytes by GET, a part of them by Range."""
+    protocol_version = "HTTP/1.1"
+    files = {"train/00.jsonl.zst": shard(0), "val.jsonl.zst": shard(1)}
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        name = self.path.partition(f"/datasets/{PILE['repo_id']}/resolve/{PILE['revision']}/")[2]
+        content, server = self.files.get(name), self.server
+        first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        server.asked.append((self.command, name, first))
+        status = 404 if content is None else server.broken or (206 if first else 200)
+        content = (content or b"") if status < 400 else b""
+        self.send_response(status)
+        for key, value in (("ETag", f'"{hashlib.sha256(content).hexdigest()}"'), ("X-Repo-Commit", PILE["revision"]),
+                           ("Content-Length", len(content) - first), ("Accept-Ranges", "bytes"),
+                           *([("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")] if first else [])):
+            self.send_header(key, str(value))
+        self.end_headers()
+        if body:
+            cut = server.faults.pop(name, None)         # once: the connection ends in the middle
+            self.wfile.write(content[first:cut])
+            if cut:
+                self.close_connection = True
+                self.connection.close()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.faults, server.broken = [], {}, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def prepare_pile(hub, folder: Path, *arguments):
+    environment = os.environ | dict(HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(folder / "cache"), NO_PROXY="*",
+                                    HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", PYTHONPATH=str(HERE))
+    code = ("import sys, prepare_pile, tokenizer, common\n"         # a tokenizer that needs no download
+            "prepare_pile.get_encoding = lambda name: tokenizer.train_tokenizer(iter([name]), 257, 'bytes')\n"
+            "sys.argv[0] = 'prepare_pile.py'\ncommon.command_line(prepare_pile.main)")
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+                          timeout=120)
+
+
+def test_a_download_goes_on_where_the_connection_broke(tmp_path, hub):
+    name, half = "train/00.jsonl.zst", 11_000_000
+    hub.faults[name] = half
+    done = prepare_pile(hub, tmp_path, "--pile", "0", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    resumed = [first for command, asked, first in hub.asked if (command, asked) == ("GET", name)]
+    assert resumed[0] == 0 and 0 < resumed[1] <= half
+    meta = verify(tmp_path / "data/pile")
+    assert [source["sha256"] for source in meta["sources"]] == [hashlib.sha256(file).hexdigest() for file in Hub.files.values()]
+    assert meta["train"]["documents"] == meta["val"]["documents"] == 600 and set(meta["train"]["domains"]) == {"A", "B"}
+
+    hub.asked.clear()           # what is in the cache is not asked for again, and another --out is another folder
+    assert prepare_pile(hub, tmp_path, "--pile", "0", "--workers", "1", "--out", "again").returncode == 0
+    assert not [command for command, *_ in hub.asked if command == "GET"] and read_meta(tmp_path / "again") == meta
+
+
+@pytest.mark.parametrize("pile, broken", [("0", 403), ("1", 0)])        # no access; no such file there
+def test_what_cannot_be_downloaded(tmp_path, hub, pile, broken):
+    hub.broken = broken
+    done = prepare_pile(hub, tmp_path, "--pile", pile)
+    message = f"could not download train/0{pile}.jsonl.zst of monology/pile-uncopyrighted"
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1] and "try again, what has come is kept" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
+
+
+def test_without_huggingface_hub(tmp_path, hub):
+    (tmp_path / "huggingface_hub.py").write_text("raise ImportError")
+    done = prepare_pile(hub, tmp_path, "--pile", "0")
+    assert done.returncode == 1 and done.stderr.splitlines() == [
+        "prepare_pile.py: --pile downloads with huggingface_hub, which is not installed: pip install huggingface_hub"]
