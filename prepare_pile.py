@@ -204,8 +204,8 @@ class Unfinished:
         self.position = encoded.end
         self.sources[self.position.source:] = [[self.position.read, self.position.sha256]]
 
-    def finish(self, names: list[str]) -> dict:
-        """The last shards, counts.npy and meta.json, which is returned."""
+    def finish(self, names: list[str]):
+        """The last shards, counts.npy and, when all is there, meta.json."""
         for split in self.splits:
             split.finish_shard()
         train, val = self.splits
@@ -218,8 +218,6 @@ class Unfinished:
                     unigram_val_loss=float(-(val.counts * np.log(frequency)).sum() / val.counts.sum()))
         with written_whole(self.folder / "meta.json") as path:
             path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        self.file.unlink()
-        return meta
 
 
 def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, val_files: list[Path] = (), holdout: int = 20,
@@ -245,6 +243,8 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
 
     partial = out.with_name(out.name + ".partial")
     with sole_writer(out):
+        for leftover in partial.glob("*.tmp"):          # of a run that was killed while it saved
+            leftover.unlink()
         if not (partial / "meta.json").exists():
             unfinished = Unfinished(partial, request, choose_encoding)
             tokenise(unfinished, sources, sizes, len(files), one_in, workers, skip_bad)
@@ -254,6 +254,7 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
                     raise InputError(f"no documents for {split.name} among {sum(s.totals[:, 0].sum() for s in unfinished.splits)} "
                                      "in all: give more documents, or a validation file of its own with --val")
             unfinished.finish(request["sources"])
+        (partial / "progress.npz").unlink(missing_ok=True)
         if out.exists():
             out.rmdir()
         os.replace(partial, out)

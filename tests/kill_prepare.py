@@ -18,6 +18,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def assert_equal(out: Path, whole: Path):
+    ours, theirs = contents(out), contents(whole)
+    differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    assert not differ, f"{differ} differ from an undisturbed run"
+
+
 def kill_and_compare(folder: Path, command: list, times: int, seed: int = 0) -> list[float]:
     """Run `command --out FOLDER/whole`, then into FOLDER/killed with kills. -> when each came, in shares of a whole run's time
 
@@ -44,11 +50,12 @@ def kill_and_compare(folder: Path, command: list, times: int, seed: int = 0) -> 
             killed.append(moment / duration)
             if not out.exists():
                 continue            # it goes on; else it was whole already, when the kill came
-        finish(process)
-        assert contents(out) == contents(whole)
+        else:
+            finish(process)
+        assert_equal(out, whole)
         shutil.rmtree(out)
     finish(start(out))
-    assert contents(out) == contents(whole)
+    assert_equal(out, whole)
     assert sorted(path.name for path in folder.iterdir()) == ["killed", "whole"]
     return killed
 
