@@ -39,6 +39,7 @@ from tokenizer import END_OF_TEXT, fingerprint, get_encoding, tokenizer_from_jso
 
 STDLIB_VOCABULARY = 8_192
 LONGEST_RUN = 100_000           # characters; tiktoken fails on a million spaces
+AHEAD = 16                      # chunks for each worker, so that none waits while files are flushed
 SAVE_SECONDS = 5                # of work are lost in a crash
 LISTED = 1_000                  # bad lines that meta.json lists; all are counted
 
@@ -101,7 +102,7 @@ def encode(chunk: Chunk) -> Encoded:
 
 
 def in_order(chunks, encoding: tiktoken.Encoding, one_in: int | None, workers: int):
-    """encode() of each chunk, in order, by processes that are never more than a few chunks ahead; 1: by this one."""
+    """encode() of each chunk, in order, by processes that are never far ahead; 1: by this one."""
     if workers == 1:
         start_worker(encoding, one_in)
         yield from map(encode, chunks)
@@ -111,7 +112,7 @@ def in_order(chunks, encoding: tiktoken.Encoding, one_in: int | None, workers: i
     try:
         for chunk in chunks:
             ahead.append(pool.submit(encode, chunk))
-            if len(ahead) > 4 * workers:
+            if len(ahead) > AHEAD * workers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -140,6 +141,16 @@ def sole_writer(out: Path):
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def clear_errors(partial: Path):
+    """What the system refuses, such as room on the disk or permission, as an InputError that says what is left."""
+    try:
+        yield
+    except OSError as error:
+        left = f": {partial} holds what is done; once that is mended, the same command goes on" if partial.exists() else ""
+        raise InputError(f"{error}{left}") from error
 
 
 class Unfinished:
@@ -242,7 +253,7 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
         return train_tokenizer(texts, STDLIB_VOCABULARY, f"bpe{STDLIB_VOCABULARY}")
 
     partial = out.with_name(out.name + ".partial")
-    with sole_writer(out):
+    with sole_writer(out), clear_errors(partial):
         for leftover in partial.glob("*.tmp"):          # of a run that was killed while it saved
             leftover.unlink()
         if not (partial / "meta.json").exists():

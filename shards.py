@@ -62,6 +62,8 @@ class Split:
 
     def write(self, tokens, lengths, sizes, domains):
         """Append documents, whose tokens lie one after the other."""
+        if not len(tokens):
+            return
         self.count(tokens, lengths, sizes, domains, np.ones_like(sizes))
         starts = np.cumsum(lengths) - lengths
         position = 0

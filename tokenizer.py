@@ -2,6 +2,7 @@
 import base64
 import hashlib
 import json
+from functools import cache
 
 import tiktoken
 
@@ -20,6 +21,7 @@ def train_tokenizer(texts, vocab_size: int, name: str) -> tiktoken.Encoding:
                              special_tokens={END_OF_TEXT: len(ranks)})
 
 
+@cache
 def fingerprint(encoding: tiktoken.Encoding) -> str:
     """SHA-256 of all that decides how text is split: pattern, ranks and special tokens."""
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())

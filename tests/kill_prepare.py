@@ -1,6 +1,6 @@
 """Kill prepare_pile.py (SIGKILL) at random moments, each time start it again, and compare with an undisturbed run.
 
-    python tests/kill_prepare.py --times 20 --input data/*.jsonl.zst --encoding o200k_base      # what prepare_pile.py takes
+    python -m tests.kill_prepare --times 20 --input data/*.jsonl.zst --encoding o200k_base      # what prepare_pile.py takes
 """
 import argparse
 import random

@@ -1,6 +1,6 @@
 """How fast text is prepared and read, and in how much memory. The figures of the README's section Data.
 
-    python tests/measure_data.py --encoding o200k_base data/00.jsonl.zst data/01.jsonl.zst ...
+    python -m tests.measure_data --encoding o200k_base data/00.jsonl.zst data/01.jsonl.zst ...
 
 Preparing is compared, in one run, with `tiktoken.encode_ordinary_batch` alone: texts that lie in memory, as many threads.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from common import command_line
 from documents import documents
 from shards import Windows, batches
 from tokenizer import get_encoding
@@ -86,4 +87,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)
