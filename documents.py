@@ -90,7 +90,7 @@ class Position(NamedTuple):
     """How far the sources are read: `read` bytes of file number `source`, whose hash tells whether it is still the same."""
     source: int = 0
     offset: int = 0             # bytes of its text
-    line: int = 0               # lines of its text
+    line: int = 0               # lines of its text; at least 1 once a text file has become a document, be it empty
     read: int = 0
     sha256: str = hashlib.sha256().hexdigest()
 
@@ -147,7 +147,7 @@ def chunks(path: Path, start: Position = Position()):       # noqa: B008 (it is 
 
     def chunk(data, reached):
         nonlocal offset, line
-        first, offset, line = line + 1, offset + len(data), line + data.count(b"\n")
+        first, offset, line = line + 1, offset + len(data), line + data.count(b"\n") + (not lines)
         return Chunk(str(path), lines, first, data, Position(start.source, offset, line, *reached))
 
     for data, *reached in blocks(path, start):
@@ -185,7 +185,7 @@ def parse_chunk(chunk: Chunk, bad: list):
     """Yield text and domain of a chunk's documents; bad lines go to the list, as (file:line, reason)."""
     if not chunk.lines:
         try:
-            if chunk.data:
+            if chunk.first_line == 1:           # not again where a run goes on behind it
                 yield chunk.data.decode(), UNNAMED
         except UnicodeDecodeError as error:
             bad.append((chunk.path, f"not UTF-8 (byte {error.start})"))

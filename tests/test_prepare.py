@@ -174,21 +174,37 @@ class Stop(Exception):
     pass
 
 
-@pytest.fixture
-def interrupted(tmp_path, corpus, encoding, monkeypatch):
-    """OUT.partial of a run that stopped after 20 chunks, saving after each."""
-    monkeypatch.setattr(prepare_pile, "SAVE_SECONDS", -1)
-    add, calls = prepare_pile.Unfinished.add, iter(range(21))
+def interrupt(monkeypatch, n_chunks: int, *how, **more):
+    """prepare() that stops after so many chunks, saving after each."""
+    add, calls = prepare_pile.Unfinished.add, iter(range(n_chunks))
 
     def stop(*how, **more):
         if next(calls, None) is None:
             raise Stop
         add(*how, **more)
     with monkeypatch.context() as patch:
+        patch.setattr(prepare_pile, "SAVE_SECONDS", -1)
         patch.setattr(prepare_pile.Unfinished, "add", stop)
         with pytest.raises(Stop):
-            prepare(corpus, tmp_path / "out", encoding, holdout=5)
+            prepare(*how, **more)
+
+
+@pytest.fixture
+def interrupted(tmp_path, corpus, encoding, monkeypatch):
+    interrupt(monkeypatch, 20, corpus, tmp_path / "out", encoding, holdout=5)
     return tmp_path / "out.partial"
+
+
+@pytest.mark.parametrize("n_chunks", range(5))
+def test_every_text_file_is_one_document_wherever_a_run_stops(tmp_path, encoding, monkeypatch, n_chunks):
+    files = [tmp_path / f"{name}.txt" for name in "abcde"]
+    for file, text in zip(files, ("one", "", "two\nlines\n", "", "three")):
+        file.write_text(text)
+    interrupt(monkeypatch, n_chunks, files, tmp_path / "out", encoding, files[:1])
+    meta = prepare(files, tmp_path / "out", encoding, files[:1])
+    assert meta["train"]["documents"] == 5 and meta["val"]["documents"] == 1
+    prepare(files, tmp_path / "undisturbed", encoding, files[:1])
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
 def test_an_interrupted_run_goes_on_only_with_what_it_had(tmp_path, corpus, encoding, interrupted):
