@@ -173,6 +173,8 @@ class Unfinished:
 
     def save(self):
         """Flush the shards, then say so."""
+        for split in self.splits:
+            split.flush()
         states = [split.state(len(self.domains)) for split in self.splits]
         state = dict(request=self.request, tokenizer=self.tokenizer, position=self.position, sources=self.sources,
                      domains=self.domains, bad=self.bad, n_bad=self.n_bad, splits=[about for about, _ in states])
