@@ -164,6 +164,11 @@ def chunks(path: Path, start: Position = Position()):       # noqa: B008 (it is 
     yield chunk(b"".join(parts), reached)                # even of nothing: it says that the file has been read to its end
 
 
+def bytes_of(text: str) -> int:
+    """Its length in UTF-8. Raises UnicodeEncodeError for half a surrogate pair, which JSON may hold."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def parse(line: bytes) -> tuple[str, str]:
     """Text and domain (`pile_set_name`) of a line of JSON. Raises ValueError."""
     try:
@@ -175,7 +180,7 @@ def parse(line: bytes) -> tuple[str, str]:
     about = document.get("meta")
     domain = about.get("pile_set_name") if isinstance(about, dict) else None
     try:
-        document["text"].encode()
+        bytes_of(document["text"])
     except UnicodeEncodeError as error:
         raise ValueError(f"text that is not valid Unicode ({error.reason})") from error
     return document["text"], domain[:100].encode(errors="replace").decode() if isinstance(domain, str) else UNNAMED

@@ -33,7 +33,19 @@ import tiktoken
 from tqdm import tqdm
 
 from common import InputError, command_line, written_whole
-from documents import Chunk, Position, chunks, documents, download_pile, find_files, parse_chunk, pile_shards, refuse, stdlib_files
+from documents import (
+    Chunk,
+    Position,
+    bytes_of,
+    chunks,
+    documents,
+    download_pile,
+    find_files,
+    parse_chunk,
+    pile_shards,
+    refuse,
+    stdlib_files,
+)
 from shards import MOST_DOMAINS, OTHER, SPLITS, TOKEN, Split, read_meta, verify
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding, tokenizer_from_json, tokenizer_to_json, train_tokenizer
 
@@ -93,7 +105,7 @@ def encode(chunk: Chunk) -> Encoded:
         own = [end_of_text, *(encoding.encode_to_numpy(part, disallowed_special=()) for part in cut_runs(text))]
         parts += own
         lengths.append(sum(map(len, own)))
-        sizes.append(len(text.encode()))
+        sizes.append(bytes_of(text))
         chosen.append(one_in is not None and held_out(text, one_in))
         domains.append(domain)
     tokens = np.concatenate(parts, dtype=TOKEN) if parts else np.zeros(0, TOKEN)
