@@ -12,7 +12,6 @@ In z = Σ_j C_j[i_j] a codebook row means the same whatever the other digits are
 quantisation: z can start as the vector's approximation (`--start vectors`).
 """
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import InputError, command_line
+from common import InputError, command_line, written_whole
 from leviathan import Config, LanguageModel, digits, smallest_base
 from shards import Windows, read_meta
 
@@ -189,9 +188,8 @@ def learn(folder: Path, config: Config, sample: int = 100_000_000) -> Path:
     explained = 1 - (left * counts).sum() / (vectors.square().sum(1) * counts).sum()
     print(f"{config.n_coords} x {config.base} codebook rows explain {explained:.1%} of the vectors of the text's tokens")
     path = file_of(folder, config)
-    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
-    np.savez(partial, addresses=addresses.numpy(), vectors=vectors.numpy(), counts=counts.numpy())
-    os.replace(partial, path)
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        np.savez(file, addresses=addresses.numpy(), vectors=vectors.numpy(), counts=counts.numpy())
     return path
 
 

@@ -270,7 +270,7 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
     with sole_writer(out), clear_errors(partial):
         for leftover in partial.glob("*.tmp"):          # of a run that was killed while it saved
             leftover.unlink()
-        if not (partial / "meta.json").exists():
+        if (partial / "progress.npz").exists() or not (partial / "meta.json").exists():      # else only the renaming is left
             unfinished = Unfinished(partial, request, choose_encoding)
             tokenise(unfinished, sources, sizes, len(files), one_in, workers, skip_bad)
             for split in unfinished.splits:
