@@ -15,6 +15,8 @@ class InputError(ValueError):
 
 def command_line(main):
     """Run a script's main(): what the user can mend becomes one line and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):         # a terminal without this character shows another, and nothing stops
+        stream.reconfigure(errors="replace")
     try:
         main()
     except (InputError, OSError, UnicodeDecodeError) as error:

@@ -28,6 +28,7 @@ import math
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -231,7 +232,7 @@ class TokenGenerator(nn.Module):
 
         (U, d_seed) -> (U, D)
         """
-        latent = self.squash(torch.einsum("us,pts->upt", seeds, self.seed_proj))
+        latent = self.project(seeds)
         return self.aggregate(latent, self.modes(latent))
 
     @torch.no_grad()
@@ -242,13 +243,20 @@ class TokenGenerator(nn.Module):
     def latent(self, digits):
         """ẑ = sigmoid(slope * LN(W_seed Σ_j C_j[i_j])), in (0, 1) [P]. (U, k) -> (U, P, d_seed)
 
-        W_seed is applied to the k·b codebook rows before they are summed: the same by linearity, and far fewer rows.
+        W_seed is applied to the k·b codebook rows before they are summed: the same by linearity, and far fewer rows. Not so
+        where ids are few, as when text is sampled.
         """
         wide = torch.promote_types(self.splines.dtype, torch.float32)       # a bfloat16 product of 128 errs by 2 %
         k, b, _ = self.codebooks.shape
-        projected = torch.einsum("kbs,pts->kbpt", self.codebooks.to(wide), self.seed_proj.to(wide)).reshape(k * b, -1)
         rows = digits + b * torch.arange(k, device=digits.device)                                      # (U, k)
+        if len(rows) < b:
+            return self.project(F.embedding(rows, self.codebooks.to(wide).flatten(0, 1)).sum(1))
+        projected = torch.einsum("kbs,pts->kbpt", self.codebooks.to(wide), self.seed_proj.to(wide)).reshape(k * b, -1)
         return self.squash(F.embedding(rows, projected).sum(1).unflatten(-1, self.seed_norm_weight.shape))
+
+    def project(self, seeds):
+        """ẑ of seeds as they are. (U, d_seed) -> (U, P, d_seed)"""
+        return self.squash(torch.einsum("us,pts->upt", seeds, self.seed_proj.to(seeds.dtype)))
 
     def squash(self, z):
         """LayerNorm and sigmoid, of each seed projection [P]. (U, P, d_seed) -> (U, P, d_seed)"""
@@ -308,17 +316,22 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention with rotary positions. `cache`, for sampling, is this layer's KeyValues of sample.py."""
     def __init__(self, config: Config):
         super().__init__()
         self.n_heads = config.n_heads
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, nn.Linear(config.d_model, config.d_model, bias=False))
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         q, k, v = (proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)                 # (B, H, T, head_dim)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)                                                        # of S positions, S >= T
+        T, S = q.shape[2], k.shape[2]
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S)
         return self.o_proj(y.transpose(1, 2).flatten(2))                                     # (B, T, D)
 
 
@@ -342,8 +355,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -437,11 +450,15 @@ class LanguageModel(nn.Module):
         x = self.hidden(self.embed_tokens(ids))                                 # (B, T, D)
         return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
 
-    def hidden(self, x):
-        """The decoder between its two ends, embedding and head. (B, T, D) -> (B, T, D)"""
-        cos, sin = self.cos[:x.shape[1]], self.sin[:x.shape[1]]
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+    def hidden(self, x, caches=None):
+        """The decoder between its two ends, embedding and head. (B, T, D) -> (B, T, D)
+
+        With `caches`, one for each layer, x are the positions that follow those in them.
+        """
+        start = caches[0].length if caches else 0
+        cos, sin = (table[start:start + x.shape[1]] for table in (self.cos, self.sin))
+        for layer, cache in zip(self.layers, caches or repeat(None)):
+            x = layer(x, cos, sin, cache)
         return self.norm(x)
 
     def compile_parts(self):
@@ -462,19 +479,6 @@ class LanguageModel(nn.Module):
             self.materialized = True
             self.eval().requires_grad_(False)
         return self
-
-    @torch.no_grad()
-    def generate(self, ids, n_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0):
-        """Yield n_tokens next tokens of ids (T), one by one; of a longer context the last seq_len count."""
-        rng = torch.Generator().manual_seed(seed)
-        for _ in range(n_tokens):
-            logits = self(ids[None, -self.config.seq_len:])[0, -1].float().cpu()
-            if top_k:
-                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
-            token = (torch.multinomial((logits / temperature).softmax(0), 1, generator=rng) if temperature > 0
-                     else logits.argmax(0, keepdim=True))
-            yield token.item()
-            ids = torch.cat([ids, token.to(ids)])
 
     def parameters_by_part(self) -> dict[str, int]:
         """How many parameters stand where; a tied table is counted in the head."""

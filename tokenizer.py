@@ -28,6 +28,15 @@ def fingerprint(encoding: tiktoken.Encoding) -> str:
     return hashlib.sha256(json.dumps([encoding._pat_str, ranks, sorted(encoding._special_tokens.items())]).encode()).hexdigest()
 
 
+@cache
+def token_bytes(encoding: tiktoken.Encoding) -> list[bytes]:
+    """What each id spells: nothing for special tokens, and for ids that no token has."""
+    spelling = [b""] * encoding.n_vocab
+    for token, rank in encoding._mergeable_ranks.items():
+        spelling[rank] = token
+    return spelling
+
+
 def tokenizer_to_json(encoding: tiktoken.Encoding) -> dict:
     """Name, size and fingerprint; with pattern and tokens in rank order where tiktoken does not know the name."""
     known = dict(name=encoding.name, vocab_size=encoding.n_vocab, fingerprint=fingerprint(encoding))

@@ -396,7 +396,7 @@ def main():
         plot_curves(out, meta["unigram_val_loss"], f"{config.model}, {t.preset}: {size / 1e6:.1f} M parameters")
         print(f"a sample of {last_saved}:\n")
         with torch.compiler.set_stance("force_eager"):
-            for text in stream_text(model, tokenizer, [meta["end_of_text"]], n_tokens=120, temperature=0.8, top_k=50, seed=t.seed):
+            for text, in stream_text(model, tokenizer, [meta["end_of_text"]], 120, temperature=0.8, top_k=50, seed=t.seed):
                 print(text, end="", flush=True)
         print(f"\n\ncurves in {out / 'curves.png'}; more text: python sample.py {out}")
     if world > 1:

@@ -242,6 +242,10 @@ def test_a_loss_that_is_not_finite(call, data, tmp_path):
     (["nowhere"], "no checkpoint in nowhere: name a folder that train.py has written"),
     (["nowhere", "--tokens", "0"], "--tokens is 0: it must be at least 1"),
     (["nowhere", "--temperature", "-1"], "--temperature is -1.0: it must be at least 0"),
+    (["nowhere", "--temperature", "nan"], "--temperature is nan: it must be at least 0"),
+    (["nowhere", "--samples", "0"], "--samples is 0: it must be at least 1"),
+    (["nowhere", "--seed", "-1"], "--seed is -1: it must be at least 0"),
+    (["nowhere", "--top-p", "0"], "--top-p is 0.0: it must be above 0 and at most 1"),
 ])
 def test_sample_flags(call, arguments, message):
     with pytest.raises(InputError, match=message):

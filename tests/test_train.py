@@ -11,7 +11,6 @@ import torch
 
 import train
 from leviathan import Config, LanguageModel
-from sample import stream_text
 
 HERE = Path(__file__).parent.parent
 SMALL = ("--device cpu --seq-len 32 --d-model 32 --n-layers 2 --n-heads 2 --d-seed 16 --mode-width 2 --tokens-per-step 256 "
@@ -88,30 +87,6 @@ def test_compiled_blocks_compute_the_same(tiny_data):
     assert model.state_dict().keys() == compiled.state_dict().keys()
     for (name, a), b in zip(model.named_parameters(), compiled.parameters()):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_streamed_text_never_cuts_a_character(tiny_data):
-    """Characters of several bytes arrive whole, though each byte is a token of its own."""
-    text = "né 北京 🙂!"
-
-    class Spelling(torch.nn.Linear):
-        def generate(self, ids, **how):
-            yield from text.encode()
-
-    class Bytes:
-        def decode_single_token_bytes(self, token):
-            return bytes([token])
-
-    pieces = list(stream_text(Spelling(1, 1), Bytes(), [0]))
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and len(pieces) == len(text.encode()) + 1
-
-
-def test_generation_is_seeded_and_greedy_at_zero():
-    model = LanguageModel(Config(vocab_size=97, seq_len=16, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1))
-    draw = lambda **how: list(model.generate(torch.tensor([1, 2]), 20, **how))       # noqa: E731
-    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
-    assert draw(temperature=0, seed=1) == draw(temperature=0, seed=2) == draw(top_k=1)
-    assert draw(temperature=0)[0] == model(torch.tensor([[1, 2]]))[0, -1].argmax()
 
 
 @pytest.mark.parametrize("flags, expected", [
