@@ -71,10 +71,10 @@ def export(checkpoint: Path, out: Path, dtype: str = "float32"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write a checkpoint as a Llama for Hugging Face's transformers.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="A checkpoint as a Llama for Hugging Face's transformers.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run, of which the newest is taken")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights [%(default)s]")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="[%(default)s]")
     args = parser.parse_args()
     try:            # here, since it takes seconds
         import safetensors  # noqa: F401
@@ -85,7 +85,7 @@ def main():
     if args.out.exists():
         raise InputError(f"{args.out} exists: name a new folder with --out")
     export(args.checkpoint, args.out, args.dtype)
-    print(f"wrote {args.out}: " + ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(args.out.iterdir())))
+    print(f"wrote {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common import InputError
+from eval import TOKENS_AT_ONCE, frequency_groups, token_losses
 from leviathan import Config, LanguageModel
 from prepare_pile import prepare_stdlib
 from shards import Windows
@@ -63,23 +63,21 @@ def by_frequency(model: LanguageModel, training: dict) -> list[dict]:
 
     Once with the token as target, once as the last of the context, whose embedding the generator makes.
     """
-    T, V, device = model.config.seq_len, model.config.vocab_size, next(model.parameters()).device
+    T, V = model.config.seq_len, model.config.vocab_size
     stream, val = (Windows(training["data"], split, T) for split in ("train", "val"))
     positions = np.arange(training["steps"] * training["tokens_per_step"] // T)
     seen = sum(np.bincount(stream.shuffled(part, training["seed"])[:, :-1].ravel(), minlength=V)
                for part in np.array_split(positions, len(positions) // 256 + 1))
-    bucket = np.zeros(V, dtype=np.int64)            # 0: never seen; 1 ... 10: deciles of the others
-    order = np.argsort(seen, kind="stable")[(seen == 0).sum():]
-    bucket[order] = 1 + np.arange(len(order)) * 10 // len(order)
+    groups = frequency_groups(seen)
     sums = {role: np.zeros((11, 2)) for role in ("target", "input")}
     n = min(len(val), max(1, 4 * training["eval_tokens"] // T))      # more than train.py takes, for the sake of rare tokens
     evaluated = np.linspace(0, len(val) - 1, n).astype(int)
-    for part in np.array_split(evaluated, min(n, -(-n * T * V // 2**28))):              # a gigabyte of logits at once
+    for part in np.array_split(evaluated, min(n, -(-n * T // TOKENS_AT_ONCE))):
         windows = torch.from_numpy(np.stack([val[i] for i in part]))
-        ids, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
-        losses = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").double().cpu().numpy()
+        ids, targets = windows[:, :-1], windows[:, 1:]
+        losses = token_losses(model, ids, targets)[0].double().flatten().numpy()
         for role, tokens in (("target", targets), ("input", ids)):
-            np.add.at(sums[role], bucket[tokens.flatten().cpu().numpy()], np.stack([losses, np.ones_like(losses)], axis=1))
+            np.add.at(sums[role], groups[tokens.flatten().numpy()], np.stack([losses, np.ones_like(losses)], axis=1))
     return [dict(role=role, decile=d, tokens=int(n), loss=total / n if n else None)
             for role, table in sums.items() for d, (total, n) in enumerate(table)]
 
