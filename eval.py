@@ -182,9 +182,11 @@ def plot(path: Path, numbers: dict):
     import matplotlib.pyplot as plt
     names, roles = numbers["checkpoints"], (("domain", "by domain"), ("target", "by the predicted token"),
                                             ("input", "by the last token of the context"))
-    fig, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=len(names) > 1)
+    shown_rows = {role: [row for row in numbers["rows"] if row["role"] == role and row["tokens"]] for role, _ in roles}
+    roles = [(role, title) for role, title in roles if len(shown_rows[role]) > 1]           # not where there is one domain
+    fig, axes = plt.subplots(1, len(roles), figsize=(14, 4.5), layout="constrained", sharey=len(names) > 1)
     for ax, (role, title) in zip(axes, roles):
-        rows = [row for row in numbers["rows"] if row["role"] == role and row["tokens"]]
+        rows = shown_rows[role]
         shown = names[1:] or names
         for j, name in enumerate(shown):
             x = np.arange(len(rows)) + 0.6 * ((j + 0.5) / len(shown) - 0.5)
