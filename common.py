@@ -1,12 +1,18 @@
-"""What the scripts share: an error that the user can mend, files that are whole or not there, and checkpoints.
+"""What the scripts share: an error that the user can mend, settings of the right type, files that are whole or not there.
 
 Nothing here imports torch before it must, so that `--help` and the preparation of data start at once.
 """
 import json
+import math
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+LARGEST_JSON = 2**28            # bytes: a tokenizer of a million tokens takes a tenth of it
 
 
 class InputError(ValueError):
@@ -25,14 +31,36 @@ def command_line(main):
         sys.exit(130)
 
 
+def check_types(settings):
+    """Raises InputError unless each field of a dataclass is of a declared type, or an int for a float; numbers must be finite."""
+    for field in fields(settings):
+        value, kinds = getattr(settings, field.name), get_args(field.type) or (field.type,)
+        right = type(value) in kinds or type(value) is int and float in kinds
+        if not right or type(value) is float and not math.isfinite(value) or type(value) is int and abs(value) >= 2**63:
+            names = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise InputError(f"{field.name} is {value!r}: it must be {names}")
+
+
+def fsync(path: Path):
+    """Return when what was written to a file is on the disk; of a folder, that its names are, where the system can."""
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    try:
+        handle = os.open(path, flags)
+    except PermissionError:         # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def written_whole(path: Path):
     """A temporary path to write to. It takes the name `path` once it is whole and on the disk; else nothing changes."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        fsync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -41,27 +69,8 @@ def written_whole(path: Path):
 def read_json(path: Path) -> dict:
     """What a JSON file holds. Raises InputError."""
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is missing or damaged ({error})") from error
-
-
-# ---- checkpoints: folders `step-00000300` with config.json and model.pt (and what train.py adds) ----------------------
-
-def newest_checkpoint(path) -> Path:
-    """The folder itself if it is a checkpoint, else the newest checkpoint in it. Raises InputError if there is none."""
-    path = Path(path)
-    found = [path] if (path / "model.pt").exists() else sorted(path.glob("step-*[0-9]"))
-    if not found:
-        raise InputError(f"no checkpoint in {path}: name a folder that train.py has written")
-    return found[-1]
-
-
-def load_tensors(path: Path, device="cpu"):
-    """What torch.save wrote, loaded without running code from the file. Raises InputError if it is damaged."""
-    import torch
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:      # torch raises anything from EOFError to RuntimeError on a file cut short
-        raise InputError(f"{path} is missing, damaged or cut short ({str(error).splitlines()[0]}): "
-                         "use an earlier checkpoint") from error

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import InputError, command_line, newest_checkpoint, read_json
+from checkpoints import newest_checkpoint
+from common import InputError, command_line, read_json
 from documents import chunks, parse_chunk
 from leviathan import LanguageModel, LinearCrossEntropy
 from shards import SPLITS, Windows, read_index, read_meta

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, command_line, newest_checkpoint, read_json
+from checkpoints import newest_checkpoint
+from common import InputError, command_line, read_json
 from leviathan import LanguageModel
 from tokenizer import END_OF_TEXT, tokenizer_from_json
 

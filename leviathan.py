@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import InputError, load_tensors, newest_checkpoint, read_json
+from checkpoints import check_tensors, load_tensors, newest_checkpoint
+from common import InputError, check_types, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: a preset is a shape, a generator is a reading of the method.
@@ -85,6 +86,8 @@ class Config:
     paper: bool = False             # the literal reading: no centring, start of unit scale [R], the id as address [P]
 
     def __post_init__(self):
+        check_types(self)
+
         def require(ok, message):
             if not ok:
                 raise InputError(message)
@@ -97,7 +100,9 @@ class Config:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not bool and isinstance(value, int):
-                require(value >= 1, f"{field.name} is {value}: it must be at least 1")
+                require(1 <= value < 2**31, f"{field.name} is {value}: it must be at least 1" if value < 1 else
+                        f"{field.name} is {value:,}: it must be below 2^31")
+        require(self.n_coords <= 62, f"n_coords is {self.n_coords}: 62 digits are the most that 64 bits have")
         object.__setattr__(self, "base", self.base or smallest_base(self.vocab_size, self.n_coords))
         require(self.d_model % self.n_heads == 0,
                 f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
@@ -107,6 +112,7 @@ class Config:
         require(self.base**self.n_coords >= self.vocab_size,
                 f"base {self.base} with {self.n_coords} digits has {self.base**self.n_coords:,} addresses, "
                 f"too few for a vocabulary of {self.vocab_size:,}: raise base or n_coords")
+        require(self.seq_len <= 2**20, f"seq_len is {self.seq_len:,}: it may be 1,048,576 at most")
         require(self.base**self.n_coords < 2**63, f"base {self.base} with {self.n_coords} digits exceeds 64 bits: lower one")
 
     @classmethod
@@ -510,16 +516,23 @@ class LanguageModel(nn.Module):
     def from_checkpoint(cls, path, device="cpu") -> "LanguageModel":
         """The model in a checkpoint, or in the newest checkpoint of a run's folder. Raises InputError."""
         folder = newest_checkpoint(path)
+        about = read_json(folder / "config.json")
         try:
-            model = cls(Config(**read_json(folder / "config.json")["config"]))
-        except (KeyError, TypeError) as error:
+            config = Config(**about["config"])
+        except (KeyError, TypeError, InputError) as error:
             raise InputError(f"{folder / 'config.json'} does not describe a model ({error})") from error
         weights = load_tensors(folder / "model.pt")
+        differ = f"{folder / 'model.pt'} is of another configuration than config.json beside it"
+        if config.n_layers > len(weights):
+            raise InputError(f"{differ}: {config.n_layers:,} layers do not fit into {len(weights)} tensors")
         try:
-            model.load_state_dict(weights)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / 'model.pt'} is of another configuration than config.json beside it: "
-                             f"{str(error).splitlines()[-1].strip()}") from error
+            with torch.device("meta"):          # takes no memory: a config may claim any size
+                expected = cls(config).state_dict()
+        except RuntimeError as error:           # of more than 2^63 numbers
+            raise InputError(f"{folder / 'config.json'} does not describe a model ({error})") from error
+        check_tensors(weights, expected, differ)
+        model = cls(config).to(weights["lm_head.weight"].dtype)
+        model.load_state_dict(weights)
         return model.to(device)
 
 

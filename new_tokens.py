@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from addresses import approximate
-from common import InputError, command_line, newest_checkpoint, read_json
+from checkpoints import newest_checkpoint
+from common import InputError, command_line, read_json
 from leviathan import LanguageModel
 from quality import spread
 from shards import Windows, read_meta

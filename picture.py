@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, command_line, newest_checkpoint, read_json
+from checkpoints import newest_checkpoint
+from common import InputError, command_line, read_json
 from leviathan import LanguageModel, digits, spline_basis
 from tokenizer import token_bytes, tokenizer_from_json
 

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -34,7 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import addresses
-from common import InputError, command_line, load_tensors, newest_checkpoint, read_json
+from checkpoints import check_tensors, load_tensors, save_checkpoint
+from common import InputError, check_types, command_line, read_json, written_whole
 from leviathan import PRESETS, Config, LanguageModel, LinearCrossEntropy, isoparametric_depth
 from prepare_pile import prepare_stdlib
 from sample import stream_text
@@ -42,6 +44,7 @@ from shards import Windows, batches, read_meta
 from tokenizer import tokenizer_from_json
 
 DEFAULT_DATA = "data/stdlib"
+SPIKE_WINDOW, SPIKE_SIGMAS = 100, 6         # a loss so many standard deviations above the mean of so many before it is marked
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}   # dense bf16
 MAY_CHANGE = {"data", "out", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "save_every", "keep"}
 
@@ -72,10 +75,11 @@ class Training:
     save_every: int | None = None       # steps between checkpoints; None: a tenth of the run
     keep: int = 2                       # newest checkpoints to keep
     device: str | None = None           # cpu, cuda or mps; None: the best there is
-    dtype: str | None = None            # float32 or bfloat16 (autocast); None: bfloat16 on CUDA where supported
+    dtype: str | None = None            # float32, bfloat16 (autocast) or float64; None: bfloat16 on CUDA where supported
     compile: bool | None = None         # torch.compile blocks and modes; None: on CUDA
 
     def __post_init__(self):
+        check_types(self)
         for name, choices in (("preset", PRESETS), ("addresses", addresses.ADDRESSES), ("start", addresses.STARTS)):
             if getattr(self, name) not in (None, *choices):
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
@@ -89,6 +93,12 @@ class Training:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+        for name, most in (("seed", 2**63), ("warmup_steps", 2**63), ("weight_decay", 2**63), ("final_rate", 1), ("beta1", 1),
+                           ("beta2", 1)):
+            value = getattr(self, name)
+            if not 0 <= value <= most or value == 1 and name.startswith("beta"):
+                raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 0"
+                                 + (" and below 1" if name.startswith("beta") else " and at most 1") * (most == 1))
 
 
 def parse_arguments() -> dict:
@@ -142,27 +152,53 @@ def learning_rate(step: int, t: Training) -> float:
     return t.learning_rate * (t.final_rate + (1 - t.final_rate) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def save_checkpoint(out: Path, step: int, model, optimizer, description: dict, tokenizer: dict, keep: int) -> Path:
-    """Write `out/step-…` aside, rename it when whole, then delete all but the newest `keep`."""
-    folder = out / f"step-{step:08d}"
-    partial = out / f"{folder.name}.partial"
-    need = 3 * sum(p.numel() * p.element_size() for p in model.parameters())       # weights and AdamW's two moments
+class Checkpoint:
+    """What a run goes on from, checked throughout. Raises InputError.
+
+    Of the optimizer's state only the moments are taken; its settings are those of the run.
+    """
+    def __init__(self, folder: Path):
+        about = read_json(folder / "config.json")
+        try:
+            Config(**about["config"]), Training(**about["training"])
+            self.settings, self.step, self.data = about["config"] | about["training"], about["step"], about["data"]
+            assert type(self.step) is int and self.step > 0, self.step
+        except (KeyError, TypeError, AssertionError, InputError) as error:
+            raise InputError(f"{folder / 'config.json'} does not describe a run ({error!r})") from error
+        self.folder, self.model = folder, LanguageModel.from_checkpoint(folder)
+        saved, where = load_tensors(folder / "optimizer.pt"), f"{folder / 'optimizer.pt'} is not of this model"
+        params = [p for group in self.model.decay_groups(0) for p in group["params"]]
+        self.moments = saved.get("state") if isinstance(saved, dict) else None
+        if not isinstance(self.moments, dict) or self.moments.keys() != {*range(len(params))}:
+            raise InputError(f"{where}: it does not hold the moments of {len(params)} parameters")
+        for i, p in enumerate(params):
+            check_tensors(self.moments[i], dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p), where)
+
+    @classmethod
+    def newest(cls, out: Path, say) -> tuple["Checkpoint | None", list[Path]]:
+        """The newest whole one, and those after it that are damaged. Raises InputError where there are only damaged ones."""
+        damaged, first = [], None
+        for folder in sorted(out.glob("step-*[0-9]"), reverse=True):
+            try:
+                return cls(folder), damaged
+            except InputError as error:
+                say(f"{error}")
+                damaged.append(folder)
+                first = first or error
+        if damaged:
+            raise InputError(f"no checkpoint in {out} is whole: {first}")
+        return None, []
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl; a last one that has no end is left out. Raises InputError."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     try:
-        if shutil.disk_usage(out).free < need:
-            raise OSError("no room on the disk")
-        partial.mkdir()
-        (partial / "config.json").write_text(json.dumps(dict(step=step, **description), indent=1), encoding="utf-8")
-        (partial / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-        torch.save(model.state_dict(), partial / "model.pt")
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        os.replace(partial, folder)
-    except (OSError, RuntimeError) as error:        # torch.save raises RuntimeError on a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"cannot save step {step} in {out} ({str(error).splitlines()[0]}), which takes {need / 1e6:,.0f} MB: "
-                         "free some space and go on with --resume") from error
-    for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
-        shutil.rmtree(old)
-    return folder
+        log = [json.loads(line) for line in lines if line.endswith("\n")]
+        assert all(type(line["step"]) is int and type(line["loss"]) is float for line in log)
+    except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error!r}): mend it, or move it away") from error
+    return log
 
 
 def plot_curves(out: Path, unigram: float, title: str):
@@ -170,7 +206,7 @@ def plot_curves(out: Path, unigram: float, title: str):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = read_log(out / "log.jsonl")
     evaluated = [line for line in log if "val_loss" in line]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot([line["tokens"] for line in log], [line["loss"] for line in log], lw=0.8, alpha=0.6, label="training, one step")
@@ -193,22 +229,19 @@ def main():
     device = choose_device(given.get("device"), local_rank)
     settings = {"preset": "nano" if device.type == "cpu" else "micro"} | given
     out = Path(given.get("out") or f"out/{given.get('model', 'leviathan')}-{settings['preset']}")
-    checkpoint, first_step = None, 0
+    checkpoint, damaged = None, []
     if resume and not out.is_dir():
         raise InputError(f"nothing to resume: there is no {out}; name the run's folder with --out")
-    if resume and any(out.glob("step-*[0-9]")):
-        checkpoint = newest_checkpoint(out)
-        saved = read_json(checkpoint / "config.json")
-        try:
-            settings, first_step, trained_on = saved["config"] | saved["training"], int(saved["step"]), saved["data"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{checkpoint / 'config.json'} does not describe a run ({error!r}): remove this checkpoint and "
-                             "--resume from the one before") from error
+    if resume:
+        checkpoint, damaged = Checkpoint.newest(out, say)
+    if checkpoint:
+        settings = checkpoint.settings
         for name in given.keys() - MAY_CHANGE:
             if given[name] != settings.get(name):
                 raise InputError(f"--{name.replace('_', '-')} is {given[name]}, but the run in {out} has {settings.get(name)}: "
                                  "model, data and schedule cannot change on --resume; start another run with --out")
         settings |= given
+    first_step = checkpoint.step if checkpoint else 0
     t = Training(**{field.name: settings[field.name] for field in fields(Training) if field.name in settings})
     if rank == 0 and not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty: go on with --resume, or name another folder with --out")
@@ -229,7 +262,7 @@ def main():
         raise InputError(f"vocab_size is {settings['vocab_size']:,}, but the tokenizer of {t.data} has {tokenizer.n_vocab:,} ids: "
                          "leave --vocab-size out, or prepare the data with another tokenizer")
     identity = dict(tokenizer=meta["tokenizer"]["fingerprint"], train=meta["train"]["tokens"], val=meta["val"]["tokens"])
-    if checkpoint and trained_on != identity:
+    if checkpoint and checkpoint.data != identity:
         raise InputError(f"{t.data} is not the data that the run in {out} was trained on: name that with --data")
 
     # ---- model -------------------------------------------------------------------------------------------------------
@@ -247,27 +280,21 @@ def main():
         addresses.learn_where_needed(config, t.data, t.addresses, t.start)
     if world > 1:
         dist.barrier()
-    model = (LanguageModel.from_checkpoint(checkpoint) if checkpoint
-             else addresses.new_model(config, t.seed, t.data, t.addresses, t.start)).to(device)
+    dtype = t.dtype or ("bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise InputError(f"--dtype {dtype}: choose float32, bfloat16 or float64")
+    model = checkpoint.model if checkpoint else addresses.new_model(config, t.seed, t.data, t.addresses, t.start)
+    model = model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay, t.decay_splines), lr=t.learning_rate, betas=(t.beta1, t.beta2),
                                   fused=device.type != "mps")
     if checkpoint:
-        try:
-            optimizer.load_state_dict(load_tensors(checkpoint / "optimizer.pt", device))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{checkpoint / 'optimizer.pt'} is not of this model ({error}): remove this checkpoint and --resume "
-                             "from the one before") from error
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint.moments))
 
     # ---- layout: windows of a step -> ranks -> micro-batches ---------------------------------------------------------
     windows_per_step = t.tokens_per_step // config.seq_len
     if t.tokens_per_step % config.seq_len or windows_per_step < world:
         raise InputError(f"--tokens-per-step {t.tokens_per_step}: it must be a multiple of --seq-len ({config.seq_len}) that gives "
                          f"each of {world} ranks at least one window")
-    dtype = t.dtype or ("bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype {dtype}: choose float32 or bfloat16")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     per_window = activation_bytes(config, dtype) * config.seq_len
     room = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 2**31
@@ -326,15 +353,21 @@ def main():
     # ---- the loop ----------------------------------------------------------------------------------------------------
     description = dict(config=asdict(config), training=asdict(t), data=identity,
                        provenance=dict(torch=torch.__version__, python=platform.python_version(), command=sys.argv))
-    log_path = out / "log.jsonl"
+    log_path, recent = out / "log.jsonl", deque(maxlen=SPIKE_WINDOW)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         for leftover in out.glob("*.partial"):
             shutil.rmtree(leftover)
-        lines = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-        (out / "log.jsonl.tmp").write_text("".join(kept))
-        os.replace(out / "log.jsonl.tmp", log_path)
+        kept = [line for line in read_log(log_path) if line["step"] <= first_step] if log_path.exists() else []
+        with written_whole(log_path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        recent.extend(line["loss"] for line in kept)
+        for folder in damaged:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if damaged:
+            say(f"going on from {checkpoint.folder}; what is damaged is kept as {damaged[-1].name}.damaged")
 
     requested = stop = False                # a rank's own wish, and what all ranks agreed on at the end of a step
 
@@ -348,10 +381,10 @@ def main():
     save = lambda: save_checkpoint(out, step, model, optimizer, description, meta["tokenizer"], t.keep)      # noqa: E731
     model.train()
     bar = tqdm(initial=first_step, total=t.steps, disable=rank > 0, dynamic_ncols=True, unit="step", mininterval=0.5)
-    step, last_saved, started = first_step, checkpoint, time.perf_counter()
+    step, last_saved, started = first_step, checkpoint and checkpoint.folder, time.perf_counter()
     for windows in batches(train_windows, windows_per_step, range(first_step, t.steps), t.seed, rank, world, device.type == "cuda"):
         rate = learning_rate(step, t)
-        loss = torch.zeros((), device=device)
+        loss = 0.0
         for i, batch in enumerate(micro_batches(windows)):
             last = (i + 1) * micro_batch >= len(windows)
             with nullcontext() if last or world == 1 else wrapped.no_sync():
@@ -374,6 +407,11 @@ def main():
         line = dict(step=step, tokens=step * t.tokens_per_step, loss=loss, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
         if step % t.eval_every == 0 or step == t.steps:
             line["val_loss"] = evaluate()
+        if len(recent) >= SPIKE_WINDOW // 5 and loss > np.mean(recent) + SPIKE_SIGMAS * np.std(recent):
+            line["spike"] = True
+            if rank == 0:
+                tqdm.write(f"step {step:>6,}  the loss has jumped to {loss:.3f}, from {np.mean(recent):.3f} on average before")
+        recent.append(loss)
         if rank == 0:
             with open(log_path, "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -408,6 +446,10 @@ if __name__ == "__main__":
     try:
         command_line(main)
     except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0]
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}): lower --micro-batch, then --preset")
+            sys.exit(f"train.py: out of memory ({first}): lower --micro-batch, then --preset")
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            sys.exit(f"train.py: rank {os.environ.get('RANK')} has lost another one, which may have said why ({first}): go on with "
+                     "--resume")
         raise

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from common import newest_checkpoint, read_json
+from checkpoints import newest_checkpoint
+from common import read_json
 from leviathan import Config, LanguageModel
 from sample import draw, generate
 from shards import Windows

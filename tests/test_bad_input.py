@@ -1,9 +1,11 @@
 """Every bad input gives one clear line that names the mend, a non-zero exit, and leaves what was there as it was."""
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +100,7 @@ def test_cuda_where_there_is_none(call):
     (["--vocab-size", "299"], "vocab_size is 299, but the tokenizer of .* has 300 ids"),
     (["--tokens-per-step", "100"], "--tokens-per-step 100: it must be a multiple of --seq-len"),
     (["--seq-len", "1000000", "--tokens-per-step", "1000000"], "shorter than one window of 1000001 tokens: lower --seq-len"),
-    (["--dtype", "int8"], "--dtype int8: choose float32 or bfloat16"),
+    (["--dtype", "int8"], "--dtype int8: choose float32, bfloat16 or float64"),
     (["--model", "dense", "--isoparametric"], "--isoparametric deepens Leviathan"),
 ])
 def test_train_settings_that_do_not_fit_the_data(call, data, arguments, message):
@@ -172,19 +174,119 @@ def test_resume_refuses_other_data(call, data, run_folder, tmp_path):
         call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
 
 
+def weights(folder: Path) -> dict:
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def flip_in_the_largest_tensor(content: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        place = content.index(archive.read(max(archive.infolist(), key=lambda part: part.file_size)))
+    return content[:place + 9] + bytes([content[place + 9] ^ 1]) + content[place + 10:]
+
+
+DAMAGE = {"cut short": lambda content: content[:200], "empty": lambda content: b"", "one bit": flip_in_the_largest_tensor}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("file", ["model.pt", "optimizer.pt", "config.json"])
-def test_checkpoint_cut_short(call, data, run_folder, file):
-    path = run_folder / "step-00000002" / file
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match=f"{file} is missing"):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(call, data, run_folder, capsys, file, how):
+    """What comes out is the same; what was damaged is still there, under another name."""
+    path, expected = run_folder / "step-00000002" / file, weights(run_folder / "step-00000002")
+    path.write_bytes(DAMAGE[how if file != "config.json" else "cut short"](path.read_bytes()))
+    capsys.readouterr()
+    call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
+    printed = capsys.readouterr().out
+    assert f"{file} is missing" in printed and "going on from" in printed and "step-00000002.damaged" in printed
+    assert same(weights(run_folder / "step-00000002"), expected)
+    assert sorted(p.name for p in run_folder.glob("step-*")) == ["step-00000001", "step-00000002", "step-00000002.damaged"]
+
+
+def test_no_checkpoint_is_whole(call, data, run_folder):
+    for path in run_folder.glob("step-*/model.pt"):
+        path.write_bytes(path.read_bytes()[:200])
+    before = sorted(run_folder.rglob("*"))
+    with pytest.raises(InputError, match="no checkpoint in .* is whole: .*step-00000002/model.pt is missing, damaged or cut short"):
         call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
+    assert sorted(run_folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"config": 3, "training": {}, "step": 1, "data": 0}'])
-def test_resume_from_a_config_that_describes_no_run(call, data, run_folder, text):
-    (run_folder / "step-00000002/config.json").write_text(text)
+def describe(run_folder: Path, change):
+    """Change config.json of the newest checkpoint, and remove the one before it."""
+    shutil.rmtree(run_folder / "step-00000001")
+    path = run_folder / "step-00000002/config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(change(about) or about))
+
+
+@pytest.mark.parametrize("change", [
+    lambda about: {"a": 1}, lambda about: [1], lambda about: about.update(config=3), lambda about: about.update(step=-1),
+    lambda about: about.update(step="1"), lambda about: about["training"].update(steps="7"), lambda about: about.pop("data"),
+    lambda about: about["training"].update(colour="red"), lambda about: about["config"].update(d_model=32.0),
+    lambda about: about["config"].update(paper=1), lambda about: about["config"].update(n_layers=10**400)])
+def test_resume_from_a_config_that_describes_no_run(call, data, run_folder, change):
+    describe(run_folder, change)
     with pytest.raises(InputError, match="config.json does not describe a run"):
         call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(n_layers=10**9), "1,000,000,000 layers do not fit into .* tensors"),
+    (dict(d_model=2**20, n_heads=2**14), "size mismatch for"), (dict(vocab_size=2**30, base=2**20), "size mismatch for"),
+    (dict(n_modes=2**30, mode_width=2**30), "does not describe a model"), (dict(n_layers=2), "missing or unexpected"),
+    (dict(seq_len=2**30), "seq_len is 1,073,741,824: it may be 1,048,576 at most")])
+def test_a_config_that_claims_too_much(run_folder, change, message):
+    """No memory is taken for what the weights beside it do not have."""
+    describe(run_folder, lambda about: about["config"].update(change))
+    with pytest.raises(InputError, match=message):
+        LanguageModel.from_checkpoint(run_folder)
+
+
+def rewritten(path: Path, change):
+    """What torch.save wrote, changed."""
+    found = torch.load(path, weights_only=True)
+    torch.save(change(found) or found, path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: [1], "list missing or unexpected"), (lambda w: w.update(more=w.pop("norm.weight")), "more, norm.weight missing"),
+    (lambda w: w.update({"norm.weight": torch.full((32,), torch.nan)}), "norm.weight is damaged"),
+    (lambda w: w.update({"norm.weight": torch.ones(1).expand(32)}), "norm.weight is damaged"),
+    (lambda w: w.update({"norm.weight": torch.ones(32, dtype=torch.int32)}), "norm.weight is of type torch.int32"),
+    (lambda w: w.update({"norm.weight": torch.ones(32).to_sparse()}), "size mismatch for norm.weight"),
+    (lambda w: w.update({"norm.weight": 3}), "size mismatch for norm.weight"),
+    (lambda w: w.update({"embed_tokens.addresses": torch.zeros(300, dtype=torch.int64)}), "addresses collide")])
+def test_weights_from_a_stranger(run_folder, change, message):
+    rewritten(run_folder / "step-00000002/model.pt", change)
+    with pytest.raises(InputError, match=message):
+        LanguageModel.from_checkpoint(run_folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda o: [1], "does not hold the moments"), (lambda o: o.update(state={}), "does not hold the moments"),
+    (lambda o: o["state"][0].update(exp_avg=torch.zeros(1)), "size mismatch for exp_avg"),
+    (lambda o: o["state"][0].update(exp_avg_sq=torch.full_like(o["state"][0]["exp_avg"], torch.inf)), "exp_avg_sq is damaged")])
+def test_an_optimizer_from_a_stranger(call, data, run_folder, change, message):
+    describe(run_folder, lambda about: None)
+    rewritten(run_folder / "step-00000002/optimizer.pt", change)
+    with pytest.raises(InputError, match=f"optimizer.pt is not of this model: .*{message}"):
+        call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
+
+
+def test_a_file_that_unpacks_to_more_than_its_size(run_folder):
+    """A zip bomb: torch would unpack it."""
+    path = run_folder / "step-00000002/model.pt"
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    assert torch.load(path, weights_only=True)
+    with pytest.raises(InputError, match="it holds more than its size"):
+        LanguageModel.from_checkpoint(run_folder)
 
 
 def test_checkpoint_of_another_configuration(run_folder):

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 import eval as evaluation
 import shards
+from checkpoints import save_checkpoint
 from common import InputError, read_json
 from leviathan import Config, LanguageModel
 from prepare_pile import prepare
 from tokenizer import token_bytes, tokenizer_from_json, train_tokenizer
-from train import save_checkpoint
 
 SHAPE = dict(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import export
+from checkpoints import save_checkpoint
 from common import InputError
 from documents import stdlib_files
 from leviathan import Config, LanguageModel
 from sample import generate
 from tokenizer import END_OF_TEXT, get_encoding, tokenizer_to_json, train_tokenizer
-from train import save_checkpoint
 
 transformers = pytest.importorskip("transformers")
 SHAPE = dict(seq_len=128, d_model=64, n_layers=3, n_heads=2, d_seed=16, mode_width=4)

@@ -8,11 +8,11 @@ import torch
 
 import leviathan
 import picture
+from checkpoints import save_checkpoint
 from common import InputError, read_json
 from leviathan import Config, LanguageModel
 from prepare_pile import prepare
 from tokenizer import train_tokenizer
-from train import save_checkpoint
 
 SHAPE = dict(vocab_size=1_000, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=64, mode_width=4)
 

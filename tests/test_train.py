@@ -41,7 +41,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny_data, number):
 
 
 def test_resume_without_a_checkpoint_starts_anew(tmp_path, tiny_data):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\nhalf a li')
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 9.0}\nhalf a li')
     done = script("train.py", "--data", tiny_data, "--out", tmp_path, *SMALL, "--steps", 2, "--resume")
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
