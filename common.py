@@ -67,10 +67,13 @@ def written_whole(path: Path):
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds. Raises InputError."""
+    """The object that a JSON file holds. Raises InputError."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        return found
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is missing or damaged ({error})") from error

@@ -20,8 +20,8 @@ from checkpoints import newest_checkpoint
 from common import InputError, command_line, read_json
 from documents import chunks, parse_chunk
 from leviathan import LanguageModel, LinearCrossEntropy
-from shards import SPLITS, Windows, read_index, read_meta
-from tokenizer import END_OF_TEXT, token_bytes, tokenizer_from_json
+from shards import SPLITS, Windows, read_counts, read_index, read_meta
+from tokenizer import END_OF_TEXT, encode, token_bytes, tokenizer_from_json
 
 TOKENS_AT_ONCE = 8_192
 RESAMPLES = 2_000               # of the bootstrap
@@ -80,7 +80,7 @@ def evaluate(model: LanguageModel, data: Path, split: str, spelling: list[bytes]
     """
     windows = Windows(data, split, model.config.seq_len)
     domains, n_bytes = windows.meta["domains"], np.array([len(token) for token in spelling])
-    groups = frequency_groups(np.load(data / "counts.npy"))
+    groups = frequency_groups(read_counts(data, len(spelling)))
     columns = [("bytes", ""), *(("domain", name) for name in domains),
                *((role, name) for role in ("target", "input") for name in FREQUENCIES)]
     targets_from, inputs_from = 1 + len(domains), 1 + len(domains) + len(FREQUENCIES)
@@ -100,23 +100,32 @@ def evaluate(model: LanguageModel, data: Path, split: str, spelling: list[bytes]
     return nats, weights, columns
 
 
+def last_words(path: Path):
+    """Yield the texts of a LAMBADA file, of two words or more each. Raises InputError."""
+    how, bad, n = 'LAMBADA is JSON lines such as {"text": "... the last word"}', [], 0
+    for chunk in chunks(path):
+        for text, _ in parse_chunk(chunk, bad):
+            n += 1
+            if len(text.split()) < 2:
+                bad.append((f"{path}, text {n}", "it has no two words"))
+            else:
+                yield text.strip()
+        if bad:
+            raise InputError(f"{bad[0][0]}: {bad[0][1]}: {how}")
+    if not n:
+        raise InputError(f"{path} holds no text: {how}")
+
+
 def lambada(model: LanguageModel, tokenizer, path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Nats of the last word of each text, and whether it is the likeliest continuation throughout. -> two of (texts)
 
     As lm-evaluation-harness has it: the word with the space before it, given what comes before; here behind <|endoftext|>.
     """
-    T, texts, bad = model.config.seq_len, [], []
-    for chunk in chunks(path):
-        texts += (text for text, _ in parse_chunk(chunk, bad))
-    bad += [(f"{path}, text {i}", "it has no two words") for i, text in enumerate(texts, 1) if len(text.split()) < 2]
-    if bad or not texts:
-        place, reason = bad[0] if bad else (path, "it holds no text")
-        raise InputError(f'{place}: {reason}: --lambada takes JSON lines such as {{"text": "... the last word"}}')
-    nats, right = [], []
-    for text in tqdm(texts, desc=f"{name}, LAMBADA", leave=False, dynamic_ncols=True):
-        before = text.strip()[:-len(text.split()[-1])].rstrip()
-        ids = [tokenizer.encode_single_token(END_OF_TEXT), *tokenizer.encode_ordinary(text.strip())]
-        n = min(T, max(1, len(ids) - 1 - len(tokenizer.encode_ordinary(before))))       # tokens of the last word
+    T, nats, right = model.config.seq_len, [], []
+    for text in tqdm(last_words(path), desc=f"{name}, LAMBADA", leave=False, dynamic_ncols=True):
+        before = text[:-len(text.split()[-1])].rstrip()
+        ids = [tokenizer.encode_single_token(END_OF_TEXT), *encode(tokenizer, text)]
+        n = min(T, max(1, len(ids) - 1 - len(encode(tokenizer, before))))               # tokens of the last word
         ids = torch.tensor([ids[-(T + 1):]], device=model.lm_head.weight.device)
         losses, likeliest = token_losses(model, ids[:, :-1], ids[:, 1:], last=n)
         nats.append(losses.sum().item())

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from checkpoints import newest_checkpoint
 from common import InputError, command_line, read_json
 from leviathan import LanguageModel, digits, spline_basis
+from shards import read_counts
 from tokenizer import token_bytes, tokenizer_from_json
 
 WORDS = 1_000           # frequent words that span the map, ...
@@ -28,11 +29,7 @@ def load(path: Path) -> tuple[LanguageModel, object, np.ndarray]:
     folder = newest_checkpoint(path)
     model = LanguageModel.from_checkpoint(folder).eval()
     data = Path(read_json(folder / "config.json")["training"]["data"])
-    try:
-        counts = np.load(data / "counts.npy")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{data / 'counts.npy'} is missing or damaged ({error}): call this where {data} is") from error
-    return model, tokenizer_from_json(read_json(folder / "tokenizer.json")), counts
+    return model, tokenizer_from_json(read_json(folder / "tokenizer.json")), read_counts(data, model.config.vocab_size)
 
 
 def frequent_words(tokenizer, counts: np.ndarray) -> dict[int, str]:
@@ -93,7 +90,7 @@ def main():
 
     x = torch.linspace(0, 1, 1_001)
     B = spline_basis(x, c.n_knots)                                              # (1001, κ)
-    basis.plot(x, B, lw=1)
+    basis.plot(x.numpy(), B.numpy(), lw=1)
     basis.set_title(f"the basis: {c.n_knots} quadratic B-splines", fontsize=10)
     basis.set_xlabel("coordinate ẑ")
 
@@ -102,7 +99,7 @@ def main():
     for d, colour in zip(moved.tolist(), colours):
         for channel in range(3):
             phi = B @ generator.splines[d, 0, :, channel]
-            curves.plot(x, phi, color=colour, lw=1.2, alpha=1 - 0.25 * channel, label=f"dimension {d}" if not channel else None)
+            curves.plot(x.numpy(), phi.numpy(), color=colour, lw=1.2, alpha=1 - 0.25 * channel, label=f"dimension {d}" if not channel else None)
     curves.set_title("learned φ of 3 dimensions, 3 channels each", fontsize=10)
     curves.set_xlabel("coordinate ẑ")
     curves.legend(fontsize=7)
@@ -110,7 +107,7 @@ def main():
     where = digits(generator.addresses[ids], c.base, c.n_coords)                # (n, k)
     latent = generator.latent(where)[:, 0]                                      # (n, d_seed), of the first mode
     near = torch.cdist(latent[:ANCHORS], latent).argsort(dim=1)[:, :3].flatten()        # each with its two nearest
-    coordinates.imshow(latent[near, :64], aspect="auto", interpolation="nearest", cmap="RdBu", vmin=0, vmax=1)
+    coordinates.imshow(latent[near, :64].numpy(), aspect="auto", interpolation="nearest", cmap="RdBu", vmin=0, vmax=1)
     coordinates.set_yticks(range(len(near)), [f"{words[ids[i].item()]}  {tuple(where[i].tolist())}" for i in near], fontsize=7)
     coordinates.set_title("digits and coordinates ẑ: words, each with its two nearest", fontsize=10)
     coordinates.set_xlabel("dimension, the first 64; red 0, blue 1")

@@ -47,10 +47,9 @@ from documents import (
     stdlib_files,
 )
 from shards import MOST_DOMAINS, OTHER, SPLITS, TOKEN, Split, read_meta, verify
-from tokenizer import END_OF_TEXT, fingerprint, get_encoding, tokenizer_from_json, tokenizer_to_json, train_tokenizer
+from tokenizer import END_OF_TEXT, cut_runs, fingerprint, get_encoding, tokenizer_from_json, tokenizer_to_json, train_tokenizer
 
 STDLIB_VOCABULARY = 8_192
-LONGEST_RUN = 100_000           # characters; tiktoken fails on a million spaces
 AHEAD = 16                      # chunks for each worker, so that none waits while files are flushed
 SAVE_SECONDS = 5                # of work are lost in a crash
 LISTED = 1_000                  # bad lines that meta.json lists; all are counted
@@ -64,33 +63,21 @@ class Encoded(NamedTuple):
     tokens: np.ndarray          # uint32, with <|endoftext|> before each document
     lengths: np.ndarray         # of the documents, in tokens
     sizes: np.ndarray           # ... in bytes of UTF-8
-    held_out: np.ndarray        # whether a hash of the text chooses it for validation
+    hashes: np.ndarray          # ... of the text, 64 bits
     domains: list[str]
     bad: list[tuple[str, str]]
     end: Position
 
 
-def held_out(text: str, one_in: int) -> bool:
-    """Whether a document belongs to validation: by its text, so that exact duplicates stay on one side."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % one_in == 0
+def hash_of(text: str) -> int:
+    """64 bits of its SHA-256, by which a document is chosen for validation: so exact duplicates stay on one side."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def cut_runs(text: str) -> list[str]:
-    """The text, cut where whitespace, or its absence, goes on for long: no run of more than twice LONGEST_RUN is left.
-
-    tiktoken takes the longer the more of memory for such a run, and panics where it is of whitespace. All other texts are
-    left whole, and so have exactly tiktoken's tokens.
-    """
-    starts = range(0, len(text), LONGEST_RUN)
-    run = lambda part: len(part) == LONGEST_RUN and (part.isspace() or part.split(None, 1) == [part])        # noqa: E731
-    cuts = [0, *(i for i in starts if i and run(text[i:i + LONGEST_RUN])), len(text)]
-    return [text[a:b] for a, b in zip(cuts, cuts[1:])]
-
-
-def start_worker(encoding: tiktoken.Encoding, one_in: int | None):
+def start_worker(encoding: tiktoken.Encoding):
     """In each process of the pool: take what all chunks need, leave Ctrl-C to the parent, and end when it ends."""
     global shared
-    shared = encoding, one_in
+    shared = encoding
     if parent := multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=lambda: wait([parent.sentinel]) and os._exit(1), daemon=True).start()
@@ -98,28 +85,28 @@ def start_worker(encoding: tiktoken.Encoding, one_in: int | None):
 
 def encode(chunk: Chunk) -> Encoded:
     """Parse and tokenise. A literal <|endoftext|> in a text is text."""
-    encoding, one_in = shared
+    encoding = shared
     end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)], dtype=TOKEN)
-    parts, lengths, sizes, chosen, domains, bad = [], [], [], [], [], []
+    parts, lengths, sizes, hashes, domains, bad = [], [], [], [], [], []
     for text, domain in parse_chunk(chunk, bad):
         own = [end_of_text, *(encoding.encode_to_numpy(part, disallowed_special=()) for part in cut_runs(text))]
         parts += own
         lengths.append(sum(map(len, own)))
         sizes.append(bytes_of(text))
-        chosen.append(one_in is not None and held_out(text, one_in))
+        hashes.append(hash_of(text))
         domains.append(domain)
     tokens = np.concatenate(parts, dtype=TOKEN) if parts else np.zeros(0, TOKEN)
-    return Encoded(tokens, np.array(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64), np.array(chosen, dtype=bool),
-                   domains, bad, chunk.end)
+    return Encoded(tokens, np.array(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64),
+                   np.array(hashes, dtype=np.uint64), domains, bad, chunk.end)
 
 
-def in_order(chunks, encoding: tiktoken.Encoding, one_in: int | None, workers: int):
+def in_order(chunks, encoding: tiktoken.Encoding, workers: int):
     """encode() of each chunk, in order, by processes that are never far ahead; 1: by this one."""
     if workers == 1:
-        start_worker(encoding, one_in)
+        start_worker(encoding)
         yield from map(encode, chunks)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (encoding, one_in))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (encoding,))
     ahead = deque()
     try:
         for chunk in chunks:
@@ -177,6 +164,7 @@ class Unfinished:
         folder.mkdir(exist_ok=True)
         self.use(choose_encoding())
         self.position, self.sources, self.domains, self.bad, self.n_bad = Position(), [], [], [], 0
+        self.validation, self.overlap = np.zeros(0, np.uint64), 0       # hashes of --val's documents; those seen in training too
         self.save()
 
     def use(self, encoding: tiktoken.Encoding):
@@ -189,9 +177,11 @@ class Unfinished:
             split.flush()
         states = [split.state(len(self.domains)) for split in self.splits]
         state = dict(request=self.request, tokenizer=self.tokenizer, position=self.position, sources=self.sources,
-                     domains=self.domains, bad=self.bad, n_bad=self.n_bad, splits=[about for about, _ in states])
+                     domains=self.domains, bad=self.bad, n_bad=self.n_bad, overlap=self.overlap,
+                     splits=[about for about, _ in states])
         with written_whole(self.file) as path, open(path, "wb") as file:
-            np.savez(file, state=json.dumps(state), **{name: array for _, arrays in states for name, array in arrays.items()})
+            np.savez(file, state=json.dumps(state), validation=self.validation,
+                     **{name: array for _, arrays in states for name, array in arrays.items()})
         self.saved = time.monotonic()
 
     def restore(self):
@@ -204,7 +194,8 @@ class Unfinished:
                                      "remove the folder, or choose another --out")
                 self.use(tokenizer_from_json(state["tokenizer"]))
                 self.position, self.sources, self.domains = Position(*state["position"]), state["sources"], state["domains"]
-                self.bad, self.n_bad = state["bad"], state["n_bad"]
+                self.bad, self.n_bad, self.overlap = state["bad"], state["n_bad"], state["overlap"]
+                self.validation = arrays["validation"]
                 for split, about in zip(self.splits, state["splits"]):
                     split.restore(about, arrays)
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -213,14 +204,18 @@ class Unfinished:
             raise InputError(f"{self.file} is damaged ({error!r}): remove {self.folder} to start over") from error
         self.saved = time.monotonic()
 
-    def add(self, encoded: Encoded, in_validation: bool):
-        """Write a chunk's documents to their splits."""
+    def add(self, encoded: Encoded, in_validation: bool, one_in: int | None):
+        """Write a chunk's documents to their splits: all to validation, or one in so many; None: all to training."""
         for name in dict.fromkeys(encoded.domains):
             if name not in self.domains and len(self.domains) < MOST_DOMAINS:
                 self.domains.append(name if len(self.domains) < MOST_DOMAINS - 1 else OTHER)
         number = {name: i for i, name in enumerate(self.domains)}
         domains = np.array([number.get(name, MOST_DOMAINS - 1) for name in encoded.domains], dtype=np.int64)
-        chosen = encoded.held_out | in_validation
+        chosen = np.full(len(domains), in_validation) if one_in is None else encoded.hashes % np.uint64(one_in) == 0
+        if in_validation:
+            self.validation = np.union1d(self.validation, encoded.hashes[encoded.sizes > 0])
+        elif one_in is None:
+            self.overlap += int(np.isin(encoded.hashes, self.validation).sum())
         of_token = np.repeat(chosen, encoded.lengths)
         for split, own, tokens in zip(self.splits, (~chosen, chosen), (encoded.tokens[~of_token], encoded.tokens[of_token])):
             split.write(tokens, encoded.lengths[own], encoded.sizes[own], domains[own])
@@ -238,7 +233,7 @@ class Unfinished:
         np.save(self.folder / "counts.npy", train.counts)
         meta = dict(tokenizer=self.tokenizer, end_of_text=self.encoding.encode_single_token(END_OF_TEXT),
                     sources=[dict(file=name, bytes=size, sha256=digest) for name, (size, digest) in zip(names, self.sources)],
-                    skipped=dict(lines=self.n_bad, first=self.bad), domains=self.domains,
+                    skipped=dict(lines=self.n_bad, first=self.bad), overlap=self.overlap, domains=self.domains,
                     train=train.summary(self.domains), val=val.summary(self.domains),
                     unigram_val_loss=float(-(val.counts * np.log(frequency)).sum() / val.counts.sum()))
         with written_whole(self.folder / "meta.json") as path:
@@ -251,7 +246,7 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
 
     Validation is `val_files`, or one document in `holdout`. encoding None: trained on the training documents.
     """
-    sources, one_in = [*files, *val_files], None if val_files else holdout
+    sources, one_in = [*val_files, *files], None if val_files else holdout         # validation first, to know it in training
     for file in sources:
         if not file.is_file():
             raise InputError(f"{file} is not a file that can be read: check --input and --val")
@@ -263,7 +258,7 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
         if encoding is not None:
             return encoding
         print(f"training a byte-pair vocabulary of {STDLIB_VOCABULARY:,} on {len(files):,} files")
-        texts = (text for file in files for text in documents(file, skip_bad) if one_in is None or not held_out(text, one_in))
+        texts = (text for file in files for text in documents(file, skip_bad) if one_in is None or hash_of(text) % one_in)
         return train_tokenizer(texts, STDLIB_VOCABULARY, f"bpe{STDLIB_VOCABULARY}")
 
     partial = out.with_name(out.name + ".partial")
@@ -272,7 +267,7 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
             leftover.unlink()
         if (partial / "progress.npz").exists() or not (partial / "meta.json").exists():      # else only the renaming is left
             unfinished = Unfinished(partial, request, choose_encoding)
-            tokenise(unfinished, sources, sizes, len(files), one_in, workers, skip_bad)
+            tokenise(unfinished, sources, sizes, len(val_files), one_in, workers, skip_bad)
             for split in unfinished.splits:
                 if not split.totals.any():
                     shutil.rmtree(partial)
@@ -288,7 +283,7 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
     return meta
 
 
-def tokenise(unfinished: Unfinished, sources: list[Path], sizes: list[int], n_train: int, one_in, workers: int, skip_bad: bool):
+def tokenise(unfinished: Unfinished, sources: list[Path], sizes: list[int], n_val: int, one_in, workers: int, skip_bad: bool):
     """All that is left of the sources."""
     begun = unfinished.position
     for file, size, (was, _) in zip(sources, sizes, unfinished.sources[:begun.source]):
@@ -300,15 +295,20 @@ def tokenise(unfinished: Unfinished, sources: list[Path], sizes: list[int], n_tr
     started, text, tokens = time.monotonic(), 0, 0
     with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, desc=f"tokenising into {unfinished.folder.stem}",
               mininterval=0.5) as bar:
-        for encoded in in_order(left, unfinished.encoding, one_in, workers):
+        for encoded in in_order(left, unfinished.encoding, workers):
             if not skip_bad:
                 refuse(encoded.bad)
-            unfinished.add(encoded, in_validation=encoded.end.source >= n_train)
+            unfinished.add(encoded, encoded.end.source < n_val, one_in)
             text, tokens, seconds = text + encoded.sizes.sum(), tokens + len(encoded.tokens), time.monotonic() - started
             bar.set_postfix_str(f"{text / 1e6 / seconds:.1f} MB/s of text, {tokens / 1e6 / seconds:.2f} M tokens/s", refresh=False)
             bar.update(sum(sizes[:encoded.end.source]) + encoded.end.read - bar.n)
             if time.monotonic() - unfinished.saved > SAVE_SECONDS:
                 unfinished.save()
+
+
+def overlap_warning(meta: dict) -> str:
+    return (f"{meta['overlap']:,} of {meta['train']['documents']:,} training documents stand in the validation file too, word for "
+            "word: its loss flatters")
 
 
 def report(meta: dict):
@@ -323,6 +323,8 @@ def report(meta: dict):
         print(f"\nleft out, as they could not be read: {meta['skipped']['lines']:,}")
         for place, reason in meta["skipped"]["first"][:20]:
             print(f"    {place}: {reason}")
+    if meta["overlap"]:
+        print(f"\n{overlap_warning(meta)}")
     print(f"\na unigram model's validation loss: {meta['unigram_val_loss']:.3f} nats per token")
 
 

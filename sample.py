@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from checkpoints import newest_checkpoint
 from common import InputError, command_line, read_json
 from leviathan import LanguageModel
-from tokenizer import END_OF_TEXT, token_bytes, tokenizer_from_json
+from tokenizer import END_OF_TEXT, encode, token_bytes, tokenizer_from_json
 
 
 class KeyValues:
@@ -138,7 +138,7 @@ def main():
         prompt = args.prompt_file.read_text(encoding="utf-8")
     else:
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt or ""
-    ids = [tokenizer.encode_single_token(END_OF_TEXT), *tokenizer.encode_ordinary(prompt)]
+    ids = [tokenizer.encode_single_token(END_OF_TEXT), *encode(tokenizer, prompt)]
     seq_len = model.config.seq_len
     if len(ids) > seq_len:
         print(f"the prompt has {len(ids):,} tokens: the model sees the last {seq_len:,}", file=sys.stderr)

@@ -23,6 +23,7 @@ TOKEN = np.dtype("<u4")
 DOCUMENT = np.dtype([("start", "<u4"), ("domain", "<u4")])
 SPLITS = ("train", "val")
 SHARD_TOKENS = 100_000_000
+MOST_IDS = 2**24
 MOST_DOMAINS = 256              # one more is counted as OTHER
 OTHER = "(other)"
 BLOCK = 2**22                   # tokens that are verified at once
@@ -162,12 +163,28 @@ def read_meta(folder: Path) -> dict:
         for split in SPLITS:
             for shard in meta[split]["shards"]:
                 assert shard["file"] == Path(shard["file"]).name and type(shard["tokens"]) is int and shard["tokens"] >= 0, shard
-        for number in (meta["tokenizer"]["vocab_size"], meta["end_of_text"]):
-            assert type(number) is int and number >= 0, number
+        V = meta["tokenizer"]["vocab_size"]
+        for number, limit in ((V, MOST_IDS + 1), (meta["end_of_text"], V), *((meta[split]["tokens"], 2**63) for split in SPLITS),
+                              *((meta[split]["documents"], 2**63) for split in SPLITS)):
+            assert type(number) is int and 0 <= number < limit, number
+        assert type(meta.get("overlap", 0)) is int
+        assert type(meta["unigram_val_loss"]) is float and type(meta["tokenizer"]["fingerprint"]) is str
+        assert len(meta["domains"]) <= MOST_DOMAINS and all(type(name) is str for name in meta["domains"]), meta["domains"]
     except (KeyError, TypeError, AssertionError) as error:
         raise InputError(f"{folder / 'meta.json'} lacks a field or has one of the wrong kind ({error!r}): "
                          "prepare the data again") from error
     return meta
+
+
+def read_counts(folder: Path, vocab_size: int) -> np.ndarray:
+    """How often each id stands in the training split. -> (V) int64. Raises InputError."""
+    path = Path(folder) / "counts.npy"
+    try:
+        counts = np.load(path, mmap_mode="r")           # which takes no more than the file has
+        assert counts.shape == (vocab_size,) and counts.dtype == np.int64, (counts.shape, counts.dtype)
+    except (OSError, ValueError, EOFError, AssertionError) as error:
+        raise InputError(f"{path} is missing, damaged or of another vocabulary ({error}): prepare the data again") from error
+    return np.array(counts)
 
 
 def open_shard(path: Path, tokens: int) -> np.ndarray:
@@ -238,7 +255,7 @@ def verify(folder: Path) -> dict:
                     require(ours[key] == theirs.get(key), f"{folder} holds {ours[key]:,} {key} of {name}, "
                                                           f"but its meta.json says {theirs.get(key)}")
             if split == "train":
-                require(np.array_equal(np.load(folder / "counts.npy"), found.counts), f"{folder / 'counts.npy'} is wrong")
+                require(np.array_equal(read_counts(folder, len(found.counts)), found.counts), f"{folder / 'counts.npy'} is wrong")
     except (KeyError, TypeError, AttributeError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

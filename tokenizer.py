@@ -9,6 +9,9 @@ import tiktoken
 from common import InputError
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_RUN = 100_000           # characters; tiktoken fails on a million spaces
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|"
+           r"\s+")              # rustbpe's own, after GPT-4's
 
 
 def train_tokenizer(texts, vocab_size: int, name: str) -> tiktoken.Encoding:
@@ -26,6 +29,23 @@ def fingerprint(encoding: tiktoken.Encoding) -> str:
     """SHA-256 of all that decides how text is split: pattern, ranks and special tokens."""
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
     return hashlib.sha256(json.dumps([encoding._pat_str, ranks, sorted(encoding._special_tokens.items())]).encode()).hexdigest()
+
+
+def cut_runs(text: str) -> list[str]:
+    """The text, cut where whitespace, or its absence, goes on for long: no run of more than twice LONGEST_RUN is left.
+
+    tiktoken takes the longer the more of memory for such a run, and panics where it is of whitespace. All other texts are
+    left whole, and so have exactly tiktoken's tokens.
+    """
+    starts = range(0, len(text), LONGEST_RUN)
+    run = lambda part: len(part) == LONGEST_RUN and (part.isspace() or part.split(None, 1) == [part])        # noqa: E731
+    cuts = [0, *(i for i in starts if i and run(text[i:i + LONGEST_RUN])), len(text)]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """Its tokens; a literal <|endoftext|> is text."""
+    return [token for part in cut_runs(text) for token in encoding.encode_ordinary(part)]
 
 
 @cache
@@ -61,7 +81,12 @@ def tokenizer_from_json(known: dict) -> tiktoken.Encoding:
     """The encoding that tokenizer_to_json described. Raises InputError if it is not the same any more."""
     try:
         if "tokens" in known:
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(known["tokens"])}
+            tokens = [base64.b64decode(token, validate=True) for token in known["tokens"]]
+            ranks = {token: rank for rank, token in enumerate(tokens)}
+            if known["pattern"] != PATTERN:         # one that is made to, can take for ever
+                raise ValueError("an unknown pattern")
+            if len(ranks) < len(tokens) or not {*(bytes([i]) for i in range(256))} <= ranks.keys():     # tiktoken would panic
+                raise ValueError("tokens twice, or bytes without one")
             encoding = tiktoken.Encoding(known["name"], pat_str=known["pattern"], mergeable_ranks=ranks,
                                          special_tokens={END_OF_TEXT: len(ranks)})
         else:

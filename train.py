@@ -38,7 +38,7 @@ import addresses
 from checkpoints import check_tensors, load_tensors, save_checkpoint
 from common import InputError, check_types, command_line, read_json, written_whole
 from leviathan import PRESETS, Config, LanguageModel, LinearCrossEntropy, isoparametric_depth
-from prepare_pile import prepare_stdlib
+from prepare_pile import overlap_warning, prepare_stdlib
 from sample import stream_text
 from shards import Windows, batches, read_meta
 from tokenizer import tokenizer_from_json
@@ -317,6 +317,8 @@ def main():
         f"= {size / 1e6:.2f} M parameters")
     say(f"data     {t.data}: {n_train:,} training tokens, {tokenizer.name} of {tokenizer.n_vocab:,} ids; "
         f"a unigram model's validation loss is {meta['unigram_val_loss']:.3f}")
+    if meta.get("overlap"):
+        say(f"NOTE     {overlap_warning(meta)}")
     say(f"steps    {t.steps:,} of {t.tokens_per_step:,} tokens = {windows_per_step} windows of {config.seq_len}, "
         f"{micro_batch} at once on {world} rank{'s' * (world > 1)}; {t.steps * windows_per_step / len(train_windows):.2f} epochs")
     say(f"device   {device.type} ({machine}), torch {torch.__version__}, {dtype}"

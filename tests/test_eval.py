@@ -146,7 +146,7 @@ def test_lambada_by_hand(data, tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "it holds no text"),
+    ("", "holds no text"),
     ('{"text": "one"}', "text 1: it has no two words"), ('{"text": 3}', 'some.jsonl:1: not a JSON object'),
     ('{"text": "a b"}\n{"text"', "some.jsonl:2: not valid JSON"), ('{"text": "a \\ud800"}', "text that is not valid Unicode")])
 def test_bad_lambada(data, tmp_path, content, message):

@@ -62,5 +62,5 @@ def test_bad_input(run, tmp_path, monkeypatch):
     about = read_json(tmp_path / "ours/step-00000001/config.json")
     about["training"]["data"] = str(tmp_path / "gone")
     (tmp_path / "ours/step-00000001/config.json").write_text(json.dumps(about))
-    with pytest.raises(InputError, match="counts.npy is missing or damaged"):
+    with pytest.raises(InputError, match="counts.npy is missing, damaged"):
         call(monkeypatch, tmp_path / "ours", "--out", tmp_path / "a.png")

@@ -27,8 +27,10 @@ def write_folder(folder: Path, sizes: list[int], vocab_size: int = 2**20, sparse
                 file.write(np.arange(first, first + size, dtype=TOKEN).tobytes())
         first += size
     listed = [dict(file=f"train-{i:05d}.bin", tokens=size) for i, size in enumerate(sizes)]
-    (folder / "meta.json").write_text(json.dumps(dict(tokenizer=dict(vocab_size=vocab_size), end_of_text=0,
-                                                      train=dict(shards=listed), val=dict(shards=[]))))
+    split = lambda shards: dict(shards=shards, tokens=sum(shard["tokens"] for shard in shards), documents=0)       # noqa: E731
+    (folder / "meta.json").write_text(json.dumps(dict(
+        tokenizer=dict(vocab_size=vocab_size, fingerprint=""), end_of_text=0, domains=[], unigram_val_loss=0.0, train=split(listed),
+        val=split([]))))
     return folder
 
 
