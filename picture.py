@@ -99,7 +99,8 @@ def main():
     for d, colour in zip(moved.tolist(), colours):
         for channel in range(3):
             phi = B @ generator.splines[d, 0, :, channel]
-            curves.plot(x.numpy(), phi.numpy(), color=colour, lw=1.2, alpha=1 - 0.25 * channel, label=f"dimension {d}" if not channel else None)
+            curves.plot(x.numpy(), phi.numpy(), color=colour, lw=1.2, alpha=1 - 0.25 * channel,
+                        label=f"dimension {d}" if not channel else None)
     curves.set_title("learned φ of 3 dimensions, 3 channels each", fontsize=10)
     curves.set_xlabel("coordinate ẑ")
     curves.legend(fontsize=7)

@@ -18,7 +18,6 @@ import shutil
 import signal
 import threading
 import time
-import zipfile
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -198,9 +197,9 @@ class Unfinished:
                 self.validation = arrays["validation"]
                 for split, about in zip(self.splits, state["splits"]):
                     split.restore(about, arrays)
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:      # numpy raises anything from BadZipFile to tokenize.TokenError
             raise InputError(f"{self.file} is damaged ({error!r}): remove {self.folder} to start over") from error
         self.saved = time.monotonic()
 

@@ -182,7 +182,7 @@ def read_counts(folder: Path, vocab_size: int) -> np.ndarray:
     try:
         counts = np.load(path, mmap_mode="r")           # which takes no more than the file has
         assert counts.shape == (vocab_size,) and counts.dtype == np.int64, (counts.shape, counts.dtype)
-    except (OSError, ValueError, EOFError, AssertionError) as error:
+    except Exception as error:      # numpy raises anything from EOFError to tokenize.TokenError
         raise InputError(f"{path} is missing, damaged or of another vocabulary ({error}): prepare the data again") from error
     return np.array(counts)
 
