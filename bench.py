@@ -31,7 +31,8 @@ from torch import nn
 
 import quality
 from common import InputError, command_line
-from leviathan import Config, LanguageModel, TokenGenerator, linear_cross_entropy
+from leviathan import Config, LanguageModel, TokenGenerator
+from loss import linear_cross_entropy
 from prepare_pile import documents, stdlib_files
 from train import choose_device, expected_memory, peak_flops
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from checkpoints import newest_checkpoint
 from common import InputError, command_line, read_json
 from documents import chunks, parse_chunk
-from leviathan import LanguageModel, LinearCrossEntropy
+from leviathan import LanguageModel
+from loss import LinearCrossEntropy
 from shards import SPLITS, Windows, read_counts, read_index, read_meta
 from tokenizer import END_OF_TEXT, encode, token_bytes, tokenizer_from_json
 

@@ -37,7 +37,8 @@ from tqdm import tqdm
 import addresses
 from checkpoints import check_tensors, load_tensors, save_checkpoint
 from common import InputError, check_types, command_line, read_json, written_whole
-from leviathan import PRESETS, Config, LanguageModel, LinearCrossEntropy, isoparametric_depth
+from leviathan import PRESETS, Config, LanguageModel, isoparametric_depth
+from loss import LinearCrossEntropy
 from prepare_pile import overlap_warning, prepare_stdlib
 from sample import stream_text
 from shards import Windows, batches, read_meta
