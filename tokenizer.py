@@ -2,7 +2,7 @@
 import base64
 import hashlib
 import json
-from functools import cache
+from functools import lru_cache
 
 import tiktoken
 
@@ -24,7 +24,7 @@ def train_tokenizer(texts, vocab_size: int, name: str) -> tiktoken.Encoding:
                              special_tokens={END_OF_TEXT: len(ranks)})
 
 
-@cache
+@lru_cache(maxsize=8)
 def fingerprint(encoding: tiktoken.Encoding) -> str:
     """SHA-256 of all that decides how text is split: pattern, ranks and special tokens."""
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
@@ -48,7 +48,7 @@ def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
     return [token for part in cut_runs(text) for token in encoding.encode_ordinary(part)]
 
 
-@cache
+@lru_cache(maxsize=8)
 def token_bytes(encoding: tiktoken.Encoding) -> list[bytes]:
     """What each id spells: nothing for special tokens, and for ids that no token has."""
     spelling = [b""] * encoding.n_vocab

@@ -204,20 +204,23 @@ def fuzz(path: Path, read, examples: int) -> tuple[int, int]:
     return tuple(tally)
 
 
+def resident() -> int:
+    """Bytes of memory that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=100_000, help="in all, in equal parts [%(default)s]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found = readers(make(Path(folder)))
+        found, before = readers(make(Path(folder))), resident()
         for name, (path, read) in found.items():
             begun = time.monotonic()
             inputs, accepted = fuzz(path, read, -(-args.examples // len(found)))
-            print(f"{name}: {inputs:,} inputs, {accepted:,} accepted, {time.monotonic() - begun:.0f} s", flush=True)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    print(f"memory grew by {grown / 1e6:,.0f} MB")
-    assert grown < MEMORY
+            print(f"{name}: {inputs:,} inputs, {accepted:,} accepted, {time.monotonic() - begun:.0f} s, memory at most "
+                  f"{(resident() - before) / 1e6:,.0f} MB more", flush=True)
+            assert resident() - before < MEMORY
 
 
 if __name__ == "__main__":

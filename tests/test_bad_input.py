@@ -15,7 +15,8 @@ import torch
 import sample
 import shards
 import train
-from common import InputError
+from checkpoints import save_checkpoint
+from common import InputError, read_json
 from leviathan import Config, LanguageModel, TokenGenerator
 
 HERE = Path(__file__).parent.parent
@@ -44,6 +45,16 @@ def run_folder(call, data, tmp_path) -> Path:
     """A finished run of two steps."""
     call(train, "--data", data, "--out", tmp_path / "run", "--device", "cpu", *SMALL)
     return tmp_path / "run"
+
+
+@pytest.fixture
+def saved(tiny_data, tmp_path) -> Path:
+    """A folder with one checkpoint, of a model that was never trained."""
+    model = LanguageModel(Config(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1))
+    (tmp_path / "saved").mkdir()
+    save_checkpoint(tmp_path / "saved", 2, model, torch.optim.AdamW(model.parameters()), dict(config=vars(model.config)),
+                    read_json(tiny_data / "meta.json")["tokenizer"], 1)
+    return tmp_path / "saved"
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -216,7 +227,7 @@ def test_no_checkpoint_is_whole(call, data, run_folder):
 
 def describe(run_folder: Path, change):
     """Change config.json of the newest checkpoint, and remove the one before it."""
-    shutil.rmtree(run_folder / "step-00000001")
+    shutil.rmtree(run_folder / "step-00000001", ignore_errors=True)
     path = run_folder / "step-00000002/config.json"
     about = json.loads(path.read_text())
     path.write_text(json.dumps(change(about) or about))
@@ -229,7 +240,7 @@ def describe(run_folder: Path, change):
     lambda about: about["config"].update(paper=1), lambda about: about["config"].update(n_layers=10**400)])
 def test_resume_from_a_config_that_describes_no_run(call, data, run_folder, change):
     describe(run_folder, change)
-    with pytest.raises(InputError, match="config.json does not describe a run"):
+    with pytest.raises(InputError, match="config.json (does not describe a run|is missing or damaged)"):
         call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
 
 
@@ -238,11 +249,11 @@ def test_resume_from_a_config_that_describes_no_run(call, data, run_folder, chan
     (dict(d_model=2**20, n_heads=2**14), "size mismatch for"), (dict(vocab_size=2**30, base=2**20), "size mismatch for"),
     (dict(n_modes=2**30, mode_width=2**30), "does not describe a model"), (dict(n_layers=2), "missing or unexpected"),
     (dict(seq_len=2**30), "seq_len is 1,073,741,824: it may be 1,048,576 at most")])
-def test_a_config_that_claims_too_much(run_folder, change, message):
+def test_a_config_that_claims_too_much(saved, change, message):
     """No memory is taken for what the weights beside it do not have."""
-    describe(run_folder, lambda about: about["config"].update(change))
+    describe(saved, lambda about: about["config"].update(change))
     with pytest.raises(InputError, match=message):
-        LanguageModel.from_checkpoint(run_folder)
+        LanguageModel.from_checkpoint(saved)
 
 
 def rewritten(path: Path, change):
@@ -259,10 +270,10 @@ def rewritten(path: Path, change):
     (lambda w: w.update({"norm.weight": torch.ones(32).to_sparse()}), "size mismatch for norm.weight"),
     (lambda w: w.update({"norm.weight": 3}), "size mismatch for norm.weight"),
     (lambda w: w.update({"embed_tokens.addresses": torch.zeros(300, dtype=torch.int64)}), "addresses collide")])
-def test_weights_from_a_stranger(run_folder, change, message):
-    rewritten(run_folder / "step-00000002/model.pt", change)
+def test_weights_from_a_stranger(saved, change, message):
+    rewritten(saved / "step-00000002/model.pt", change)
     with pytest.raises(InputError, match=message):
-        LanguageModel.from_checkpoint(run_folder)
+        LanguageModel.from_checkpoint(saved)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -276,9 +287,9 @@ def test_an_optimizer_from_a_stranger(call, data, run_folder, change, message):
         call(train, "--data", data, "--out", run_folder, "--device", "cpu", "--resume")
 
 
-def test_a_file_that_unpacks_to_more_than_its_size(run_folder):
+def test_a_file_that_unpacks_to_more_than_its_size(saved):
     """A zip bomb: torch would unpack it."""
-    path = run_folder / "step-00000002/model.pt"
+    path = saved / "step-00000002/model.pt"
     with zipfile.ZipFile(path) as archive:
         parts = {part.filename: archive.read(part) for part in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -286,30 +297,30 @@ def test_a_file_that_unpacks_to_more_than_its_size(run_folder):
             archive.writestr(name, content)
     assert torch.load(path, weights_only=True)
     with pytest.raises(InputError, match="it holds more than its size"):
-        LanguageModel.from_checkpoint(run_folder)
+        LanguageModel.from_checkpoint(saved)
 
 
-def test_checkpoint_of_another_configuration(run_folder):
-    path = run_folder / "step-00000002/config.json"
+def test_checkpoint_of_another_configuration(saved):
+    path = saved / "step-00000002/config.json"
     described = json.loads(path.read_text())
     described["config"]["d_model"] = 64
     path.write_text(json.dumps(described))
     with pytest.raises(InputError, match="model.pt is of another configuration than config.json beside it: size mismatch"):
-        LanguageModel.from_checkpoint(run_folder)
+        LanguageModel.from_checkpoint(saved)
     described["config"]["colour"] = "red"
     path.write_text(json.dumps(described))
     with pytest.raises(InputError, match="does not describe a model .*colour"):
-        LanguageModel.from_checkpoint(run_folder)
+        LanguageModel.from_checkpoint(saved)
 
 
-def test_a_checkpoint_runs_no_code(run_folder):
+def test_a_checkpoint_runs_no_code(saved):
     class Trap:
         def __reduce__(self):
-            return os.mkdir, (str(run_folder / "trapped"),)
-    torch.save(Trap(), run_folder / "step-00000002/model.pt")
+            return os.mkdir, (str(saved / "trapped"),)
+    torch.save(Trap(), saved / "step-00000002/model.pt")
     with pytest.raises(InputError, match="is missing, damaged or cut short"):
-        LanguageModel.from_checkpoint(run_folder)
-    assert not (run_folder / "trapped").exists()
+        LanguageModel.from_checkpoint(saved)
+    assert not (saved / "trapped").exists()
 
 
 def test_no_room_on_the_disk(call, data, monkeypatch, tmp_path):
@@ -354,12 +365,12 @@ def test_sample_flags(call, arguments, message):
         call(sample, *arguments)
 
 
-def test_sample_with_another_tokenizer(call, run_folder):
-    path = run_folder / "step-00000002/tokenizer.json"
+def test_sample_with_another_tokenizer(call, saved):
+    path = saved / "step-00000002/tokenizer.json"
     tokenizer = json.loads(path.read_text())
     path.write_text(json.dumps(tokenizer | {"fingerprint": "0"}))
     with pytest.raises(InputError, match="the tokenizer tiny does not match"):
-        call(sample, run_folder)
+        call(sample, saved)
 
 
 @pytest.mark.parametrize("script, arguments", [("train", ["--preset", "huge"]), ("prepare_pile", ["--encoding", "gpt9"]),
