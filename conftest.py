@@ -1,12 +1,24 @@
 """Shared by all tests: a small prepared folder, whose text is this project's own code."""
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
 
 from prepare_pile import prepare
 from tokenizer import train_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Tests reach this machine alone."""
+    connect = socket.socket.connect
+
+    def local(self, address):
+        assert self.family not in (socket.AF_INET, socket.AF_INET6) or address[0] in ("127.0.0.1", "::1", "localhost"), address
+        return connect(self, address)
+    monkeypatch.setattr(socket.socket, "connect", local)
 
 
 @pytest.fixture(scope="session")

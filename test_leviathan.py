@@ -230,13 +230,13 @@ def test_twins_start_equal():
 
 @pytest.mark.parametrize("twin", TWINS, ids=str)
 def test_causality(twin):
-    """Logits do not depend on what comes later, and do on what came before."""
-    model = LanguageModel(Config(**TINY | twin))
+    """Logits do not depend on what comes later, and do on what came before. (How many ids there are may change the rounding.)"""
+    model = LanguageModel(Config(**TINY | twin)).double()
     ids = torch.randint(97, (2, 16))
     changed = ids.clone()
     changed[:, 9] = (ids[:, 9] + 1) % 97
     a, b = model(ids), model(changed)
-    torch.testing.assert_close(a[:, :9], b[:, :9], rtol=0, atol=0)
+    torch.testing.assert_close(a[:, :9], b[:, :9], rtol=0, atol=1e-12)
     assert not torch.allclose(a[:, 9:], b[:, 9:])
 
 

@@ -161,14 +161,14 @@ class Checkpoint:
     def __init__(self, folder: Path):
         about = read_json(folder / "config.json")
         try:
-            Config(**about["config"]), Training(**about["training"])
+            _, training = Config(**about["config"]), Training(**about["training"])
             self.settings, self.step, self.data = about["config"] | about["training"], about["step"], about["data"]
             assert type(self.step) is int and self.step > 0, self.step
         except (KeyError, TypeError, AssertionError, InputError) as error:
             raise InputError(f"{folder / 'config.json'} does not describe a run ({error!r})") from error
         self.folder, self.model = folder, LanguageModel.from_checkpoint(folder)
         saved, where = load_tensors(folder / "optimizer.pt"), f"{folder / 'optimizer.pt'} is not of this model"
-        params = [p for group in self.model.decay_groups(0) for p in group["params"]]
+        params = [p for group in self.model.decay_groups(0, training.decay_splines) for p in group["params"]]
         self.moments = saved.get("state") if isinstance(saved, dict) else None
         if not isinstance(self.moments, dict) or self.moments.keys() != {*range(len(params))}:
             raise InputError(f"{where}: it does not hold the moments of {len(params)} parameters")

@@ -1,5 +1,6 @@
 """train.py and sample.py as a user runs them: stopped, compiled, under autocast, read from a pipe."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,3 +101,35 @@ def test_where_a_model_starts(tmp_path, tiny_data, monkeypatch, flags, expected)
     train.main()
     about = json.loads((tmp_path / "step-00000001/config.json").read_text())
     assert (about["training"]["addresses"], about["training"]["start"], about["config"]["base"]) == expected
+
+
+def test_a_loss_that_jumps_is_marked(tmp_path, tiny_data, monkeypatch, capsys):
+    """One step of a thousand times the rate; the same run goes on from a checkpoint with the same marks."""
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, t: rate(step, t) * (1_000 if step == 30 else 1))
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    flags = ["train.py", "--data", str(tiny_data), "--out", str(tmp_path / "run"), *SMALL, "--steps", "36", "--save-every", "25"]
+    monkeypatch.setattr(sys, "argv", flags)
+    train.main()
+    marks = [line["step"] for line in train.read_log(tmp_path / "run/log.jsonl") if line.get("spike")]
+    assert marks and marks[0] == 32 and "step     32  the loss has jumped to" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run/step-00000036")
+    monkeypatch.setattr(sys, "argv", [*flags, "--resume"])
+    train.main()
+    assert [line["step"] for line in train.read_log(tmp_path / "run/log.jsonl") if line.get("spike")] == marks
+
+
+@pytest.mark.parametrize("flags", [[], ["--decay-splines"], ["--model", "dense"],
+                                   ["--model", "dense-untied", "--start", "vectors"]],
+                         ids=str)
+def test_every_kind_of_run_goes_on(tmp_path, tiny_data, monkeypatch, flags):
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    flags = ["train.py", "--data", str(tiny_data), "--out", str(tmp_path / "run"), *SMALL, "--steps", "3", *flags]
+    monkeypatch.setattr(sys, "argv", flags)
+    train.main()
+    log, weights = train.read_log(tmp_path / "run/log.jsonl"), (tmp_path / "run/step-00000003/model.pt").read_bytes()
+    shutil.rmtree(tmp_path / "run/step-00000003")
+    monkeypatch.setattr(sys, "argv", [*flags, "--resume"])
+    train.main()
+    assert [line["loss"] for line in train.read_log(tmp_path / "run/log.jsonl")] == [line["loss"] for line in log]
+    assert (tmp_path / "run/step-00000003/model.pt").read_bytes() == weights
