@@ -48,12 +48,12 @@ def run_folder(call, data, tmp_path) -> Path:
 
 
 @pytest.fixture
-def saved(tiny_data, tmp_path) -> Path:
-    """A folder with one checkpoint, of a model that was never trained."""
+def saved(tmp_path) -> Path:
+    """A folder with one checkpoint, of a model that was never trained, and no tokenizer."""
     model = LanguageModel(Config(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1))
     (tmp_path / "saved").mkdir()
     save_checkpoint(tmp_path / "saved", 2, model, torch.optim.AdamW(model.parameters()), dict(config=vars(model.config)),
-                    read_json(tiny_data / "meta.json")["tokenizer"], 1)
+                    {}, 1)
     return tmp_path / "saved"
 
 
@@ -365,9 +365,8 @@ def test_sample_flags(call, arguments, message):
         call(sample, *arguments)
 
 
-def test_sample_with_another_tokenizer(call, saved):
-    path = saved / "step-00000002/tokenizer.json"
-    tokenizer = json.loads(path.read_text())
+def test_sample_with_another_tokenizer(call, saved, tiny_data):
+    path, tokenizer = saved / "step-00000002/tokenizer.json", read_json(tiny_data / "meta.json")["tokenizer"]
     path.write_text(json.dumps(tokenizer | {"fingerprint": "0"}))
     with pytest.raises(InputError, match="the tokenizer tiny does not match"):
         call(sample, saved)
