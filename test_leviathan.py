@@ -210,6 +210,19 @@ def test_sizes_and_isoparametric_depths_are_the_papers(preset, tied, untied, dee
         assert millions(n_layers=depth) <= millions(model="dense-untied") < millions(n_layers=depth + 1)
 
 
+def test_parts_add_up_and_a_tied_table_counts_once():
+    """TINY: V = 97, D = 32, L = 2; 16 D² in a block and two norms, one more at the end."""
+    blocks, table = 2 * (16 * 32**2 + 2 * 32) + 32, 97 * 32
+    ours, tied, untied = (LanguageModel(Config(**TINY, model=name)) for name in ("leviathan", "dense", "dense-untied"))
+    generator = sum(p.numel() for p in ours.embed_tokens.parameters())
+    assert ours.parameters_by_part() == {"generator": generator, "blocks": blocks, "head": table}
+    assert tied.parameters_by_part() == {"table": 0, "blocks": blocks, "head": table}
+    assert untied.parameters_by_part() == {"table": table, "blocks": blocks, "head": table}
+    for model in (ours, tied, untied):
+        assert model.n_parameters() == sum(p.numel() for p in model.parameters())
+    assert isoparametric_depth(ours.config) == 2            # a table so small leaves no room: never fewer layers
+
+
 def test_flops_leave_the_generator_out():
     """6 per parameter of blocks and head, 12 L D T for attention: the same for Leviathan and its twins."""
     flops = {LanguageModel(Config(**TINY | twin)).flops_per_token() for twin in TWINS}
@@ -262,6 +275,7 @@ def test_splines_and_codebooks_do_not_decay():
     assert len(decayed) + len(free) == len(names)
     assert {name for name in free if "norm" not in name} == {"embed_tokens.codebooks", "embed_tokens.splines"}
     assert not any("norm" in name for name in decayed)
+    assert [group["weight_decay"] for group in model.decay_groups(0.1)] == [0.1, 0]
     against_advice = {names[p] for p in model.decay_groups(0.1, decay_splines=True)[0]["params"]}
     assert against_advice == decayed | {"embed_tokens.codebooks", "embed_tokens.splines"}
 

@@ -71,6 +71,11 @@ def test_config(fields, message):
         Config(**fields)
 
 
+def test_preset():
+    with pytest.raises(InputError, match="^unknown preset 'huge': choose from nano, micro, 60m, 270m, 410m, 1.2b$"):
+        Config.from_preset("huge")
+
+
 @pytest.mark.parametrize("addresses, message", [
     ([0, 1, 2, 1], "addresses collide: tokens 1 and 3 share 1"),
     ([0, 1, 2, 8], "addresses must lie in 0 ... 7"),
@@ -311,6 +316,11 @@ def test_checkpoint_of_another_configuration(saved):
     path.write_text(json.dumps(described))
     with pytest.raises(InputError, match="does not describe a model .*colour"):
         LanguageModel.from_checkpoint(saved)
+
+
+def test_a_checkpoint_keeps_its_precision(saved):
+    rewritten(saved / "step-00000002/model.pt", lambda w: {n: x.double() if x.is_floating_point() else x for n, x in w.items()})
+    assert {p.dtype for p in LanguageModel.from_checkpoint(saved).parameters()} == {torch.float64}
 
 
 def test_a_checkpoint_runs_no_code(saved):

@@ -149,6 +149,7 @@ def test_materialized_is_the_untied_twin(twin):
     if model.config.model == "dense":       # had a table already, and can still be trained
         model(ids, ids).backward()
         return
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     dense = LanguageModel(model.config).double()
     assert dense.config.model == "dense-untied" and dense.parameters_by_part() == model.parameters_by_part()
     dense.load_state_dict(model.state_dict())
