@@ -75,7 +75,7 @@ def save_checkpoint(out: Path, step: int, model, optimizer, description: dict, t
         fsync(out)
     except (OSError, RuntimeError) as error:        # torch.save raises RuntimeError on a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"cannot save step {step} in {out} ({str(error).splitlines()[0]}), which takes {need / 1e6:,.0f} MB: "
+        raise InputError(f"cannot save step {step} in {out} ({str(error).splitlines()[0]}), which takes {need / 1e6:,.1f} MB: "
                          "free some space and go on with --resume") from error
     for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
         shutil.rmtree(old)

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import sample
 import shards
 import train
 from checkpoints import save_checkpoint
 from common import InputError, read_json
 from leviathan import Config, LanguageModel, TokenGenerator
+from tokenizer import tokenizer_from_json, tokenizer_to_json, train_tokenizer
 
 HERE = Path(__file__).parent.parent
 SMALL = "--seq-len 32 --d-model 32 --n-layers 1 --n-heads 2 --d-seed 8 --mode-width 1 --steps 2 --tokens-per-step 64".split()
@@ -64,7 +66,10 @@ def saved(tmp_path) -> Path:
     (dict(d_model=12, n_heads=4), "head_dim 3 .* is odd"),
     (dict(n_knots=2), "n_knots 2: a quadratic spline needs at least 3"),
     (dict(base=10), "base 10 with 3 digits has 1,000 addresses, too few for a vocabulary of 200,019"),
-    (dict(n_layers=0), "n_layers is 0: it must be at least 1"),
+    (dict(n_layers=0), "n_layers is 0: it must be at least 1"), (dict(d_model=2**31), "d_model is 2,147,483,648: it must be below"),
+    (dict(base=2**20, n_coords=4), "base 1048576 with 4 digits exceeds 64 bits: lower one"),
+    (dict(n_coords=63), "n_coords is 63: 62 digits are the most"), (dict(d_model="256"), "d_model is '256': it must be int"),
+    (dict(paper=1), "paper is 1: it must be bool"), (dict(base=2.0), "base is 2.0: it must be int or nothing"),
 ])
 def test_config(fields, message):
     with pytest.raises(InputError, match=message):
@@ -380,6 +385,30 @@ def test_sample_with_another_tokenizer(call, saved, tiny_data):
     path.write_text(json.dumps(tokenizer | {"fingerprint": "0"}))
     with pytest.raises(InputError, match="the tokenizer tiny does not match"):
         call(sample, saved)
+
+
+def test_sample_with_a_tokenizer_of_another_size(call, saved):
+    encoding = train_tokenizer(iter(["some text"]), 260, "other")
+    (saved / "step-00000002/tokenizer.json").write_text(json.dumps(tokenizer_to_json(encoding)))
+    with pytest.raises(InputError, match="the model has 300 ids and the tokenizer 260: they do not belong together"):
+        call(sample, saved)
+
+
+@pytest.mark.parametrize("change", [
+    lambda known: known["tokens"].__setitem__(300 - 2, "not base64!"), lambda known: known.update(pattern="(a+)+$"),
+    lambda known: known["tokens"].__setitem__(0, known["tokens"][1]), lambda known: known.update(tokens=3),
+    lambda known: known.pop("name")])
+def test_a_tokenizer_from_a_stranger(tiny_data, change):
+    known = read_json(tiny_data / "meta.json")["tokenizer"]
+    change(known)
+    with pytest.raises(InputError, match="the tokenizer's description is damaged .*: prepare the data again"):
+        tokenizer_from_json(known)
+
+
+def test_memory_cannot_be_read_everywhere(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    with pytest.raises(InputError, match="peak memory cannot be read on Windows: use WSL, or a GPU"):
+        bench.peak_memory(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("script, arguments", [("train", ["--preset", "huge"]), ("prepare_pile", ["--encoding", "gpt9"]),

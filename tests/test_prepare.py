@@ -296,6 +296,8 @@ def test_a_full_disk(tmp_path):
     (lambda f: (f / "counts.npy").unlink(), "counts.npy is missing, damaged or of another vocabulary"),
     (lambda f: edit(f, "documents"), r"holds .* documents of train, but its meta.json says 1"),
     (lambda f: edit(f, "domains"), r"cannot be verified"),
+    (lambda f: forge(f / "val-00000.idx", np.array([[0, 0], [1, 0]], dtype="<u4")), "has no document where its index says so"),
+    (lambda f: forge(f / "val-00000.bin", np.array([270], dtype="<u4"), 1024 + 8), "holds an id beyond the vocabulary"),
 ])
 def test_verify_finds_what_is_damaged(tmp_path, corpus, encoding, damage, message):
     prepare(corpus, tmp_path / "out", encoding, holdout=5)
@@ -303,6 +305,15 @@ def test_verify_finds_what_is_damaged(tmp_path, corpus, encoding, damage, messag
     damage(tmp_path / "out")
     with pytest.raises(InputError, match=message):
         verify(tmp_path / "out")
+
+
+def forge(path: Path, values: np.ndarray, at: int = 0):
+    """Other content, with its checksum in meta.json."""
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + values.tobytes() + (content[at + values.nbytes:] if at else b""))
+    meta = json.loads((path.parent / "meta.json").read_text())
+    meta["val"]["shards"][0]["sha256" if path.suffix == ".bin" else "index_sha256"] = shards.sha256(path)
+    (path.parent / "meta.json").write_text(json.dumps(meta))
 
 
 def flip(path: Path, at: int):
@@ -389,3 +400,9 @@ def test_validation_that_overlaps_training_is_told(tmp_path, capsys):
         assert "3 of 6 training documents stand in the validation file too, word for word" in capsys.readouterr().out
     assert prepare([tmp_path / "train.jsonl"], tmp_path / "held", encoding, holdout=2)["overlap"] == 0
     assert "stand in the validation" not in capsys.readouterr().out
+
+
+def test_a_python_without_its_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(reading.sysconfig, "get_paths", lambda: dict(stdlib=str(tmp_path)))
+    with pytest.raises(InputError, match="no sources of the standard library in .*: name your own text with --input"):
+        reading.stdlib_files()
