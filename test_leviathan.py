@@ -241,6 +241,37 @@ def test_twins_start_equal():
     assert not torch.equal(first["lm_head.weight"], LanguageModel(Config(**TINY), seed=6).state_dict()["lm_head.weight"])
 
 
+def slow_decoder(model, x):
+    """Llama written out for one sequence: head by head, positions as complex numbers. (T, D) -> (T, D)"""
+    rms = lambda x, norm: norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()          # noqa: E731
+    T, D, H = *x.shape, model.config.n_heads
+    d = D // H
+    turns = torch.exp(1j * torch.outer(torch.arange(T), 10_000.0 ** (-torch.arange(0, d, 2) / d)))     # (T, d / 2)
+    for layer in model.layers:
+        h, attention = rms(x, layer.input_layernorm), []
+        for head in range(H):
+            own = slice(head * d, (head + 1) * d)
+            q, k, v = (h @ getattr(layer.self_attn, name).weight[own].T for name in ("q_proj", "k_proj", "v_proj"))
+            q, k = (torch.complex(z[:, :d // 2], z[:, d // 2:]) * turns for z in (q, k))
+            scores = (q @ k.conj().T).real / d**0.5
+            attention.append(scores.masked_fill(torch.ones(T, T).triu(1) > 0, -torch.inf).softmax(-1) @ v)
+        x = x + torch.cat(attention, dim=-1) @ layer.self_attn.o_proj.weight.T
+        h = rms(x, layer.post_attention_layernorm)
+        gate, up = h @ layer.mlp.gate_proj.weight.T, h @ layer.mlp.up_proj.weight.T
+        x = x + (gate * gate.sigmoid() * up) @ layer.mlp.down_proj.weight.T
+    return rms(x, model.norm)
+
+
+def test_decoder_equals_llama_written_out():
+    model = LanguageModel(Config(**TINY)).double()
+    x = 0.003 * torch.randn(3, 16, 32, dtype=torch.float64)          # small, so that the 1e-6 in the norms tells
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(torch.rand_like(p) + 0.5 if "norm" in name else 5)
+        expected = torch.stack([slow_decoder(model, sequence) for sequence in x])
+        torch.testing.assert_close(model.hidden(x), expected, rtol=1e-6, atol=1e-6)      # cosines and sines are float32
+
+
 @pytest.mark.parametrize("twin", TWINS, ids=str)
 def test_causality(twin):
     """Logits do not depend on what comes later, and do on what came before. (How many ids there are may change the rounding.)"""
