@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import quality
-from common import InputError, command_line
+from common import InputError, choose_device, command_line
 from leviathan import Config, LanguageModel, TokenGenerator
 from loss import linear_cross_entropy
 from prepare_pile import documents, stdlib_files
-from train import choose_device, expected_memory, peak_flops
+from train import expected_memory, peak_flops
 
 MODELS = {       # the first is what the others are compared with
     "dense": dict(model="dense"),

@@ -31,6 +31,16 @@ def command_line(main):
         sys.exit(130)
 
 
+def choose_device(wanted: str | None, local_rank: int = 0):
+    """cpu, cuda or mps as a torch.device; None: the best there is. Raises InputError where there is none of that kind."""
+    import torch
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    wanted = wanted or next(name for name, there in available.items() if there)
+    if not available.get(wanted):
+        raise InputError(f"--device {wanted}: there is none here; choose from {', '.join(n for n, ok in available.items() if ok)}")
+    return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
+
+
 def check_types(settings):
     """Raises InputError unless each field of a dataclass is of a declared type, or an int for a float; numbers must be finite."""
     for field in fields(settings):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoints import newest_checkpoint
-from common import InputError, command_line, read_json
+from common import InputError, choose_device, command_line, read_json
 from documents import chunks, parse_chunk
 from leviathan import LanguageModel
 from loss import LinearCrossEntropy
@@ -243,7 +243,7 @@ def main():
     if args.out.exists():
         raise InputError(f"{args.out} exists: name a new folder with --out")
 
-    folders = [newest_checkpoint(path) for path in args.checkpoints]
+    device, folders = choose_device(args.device), [newest_checkpoint(path) for path in args.checkpoints]
     known = [read_json(folder / "tokenizer.json") for folder in folders]
     data = args.data or Path(read_json(folders[0] / "config.json")["training"]["data"])
     meta = read_meta(data)
@@ -254,7 +254,7 @@ def main():
     encoding = tokenizer_from_json(known[0])
     names, nats, words = [str(path) for path in args.checkpoints], [], []
     for folder, name in zip(folders, names):
-        model = LanguageModel.from_checkpoint(folder, args.device).eval().materialize()
+        model = LanguageModel.from_checkpoint(folder, device).eval().materialize()
         part, weights, columns = evaluate(model, data, args.split, token_bytes(encoding), name)
         nats.append(part)
         if args.lambada:

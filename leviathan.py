@@ -475,6 +475,10 @@ class LanguageModel(nn.Module):
             raise InputError(f"{folder / 'config.json'} does not describe a model ({error})") from error
         check_tensors(weights, expected, differ)
         model = cls(config).to(weights["lm_head.weight"].dtype)
+        ours, theirs = type(model.embed_tokens).__name__, about.get("embedding")
+        if theirs not in (None, ours):
+            raise InputError(f"{folder} was trained with {theirs} in the place of {ours}: load it where leviathan.TokenGenerator "
+                             "is that class")
         model.load_state_dict(weights)
         return model.to(device)
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import InputError
+from common import InputError, choose_device
 from eval import TOKENS_AT_ONCE, frequency_groups, token_losses
 from leviathan import Config, LanguageModel
 from prepare_pile import prepare_stdlib
 from shards import Windows
-from train import DEFAULT_DATA, choose_device
+from train import DEFAULT_DATA
 
 HERE = Path(__file__).parent
 BODY = {"dense": "--model dense", "dense-untied": "--model dense-untied"}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoints import newest_checkpoint
-from common import InputError, command_line, read_json
+from common import InputError, choose_device, command_line, read_json
 from leviathan import LanguageModel
 from tokenizer import END_OF_TEXT, encode, token_bytes, tokenizer_from_json
 
@@ -128,9 +128,9 @@ def main():
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p is {args.top_p}: it must be above 0 and at most 1")
 
-    folder = newest_checkpoint(args.checkpoint)
+    device, folder = choose_device(args.device), newest_checkpoint(args.checkpoint)
     tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json"))
-    model = LanguageModel.from_checkpoint(folder, args.device).eval()
+    model = LanguageModel.from_checkpoint(folder, device).eval()
     if model.config.vocab_size != tokenizer.n_vocab:
         raise InputError(f"{folder}: the model has {model.config.vocab_size:,} ids and the tokenizer {tokenizer.n_vocab:,}: "
                          "they do not belong together")

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import addresses
 from checkpoints import check_tensors, load_tensors, save_checkpoint
-from common import InputError, check_types, command_line, read_json, written_whole
+from common import InputError, check_types, choose_device, command_line, read_json, written_whole
 from leviathan import PRESETS, Config, LanguageModel, isoparametric_depth
 from loss import LinearCrossEntropy
 from prepare_pile import overlap_warning, prepare_stdlib
@@ -53,7 +53,7 @@ MAY_CHANGE = {"data", "out", "device", "dtype", "compile", "micro_batch", "eval_
 @dataclass
 class Training:
     """Everything but the model. None means: from the preset (steps, tokens, rate) or to fit the machine."""
-    preset: str = "nano"                # nano, micro, 60m, 270m, 410m or 1.2b; without the flag nano on a CPU, else micro
+    preset: str = "nano"                # nano, micro, 60m, 270m, 410m or 1.2b
     isoparametric: bool = False         # deepen Leviathan to the size of its untied dense twin
     data: str = DEFAULT_DATA            # a folder that prepare_pile.py has written; the default is made when missing
     out: str | None = None              # folder of the run; None: out/<model>-<preset>
@@ -105,6 +105,7 @@ class Training:
 def parse_arguments() -> dict:
     """The flags that were given: one for each field of Config and Training, with the comment beside it as its help."""
     parser = argparse.ArgumentParser(description="Train Leviathan or one of its dense twins.", allow_abbrev=False,
+                                     usage="%(prog)s [--resume] [--FLAG VALUE ...]; --help lists them",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     for cls, title in ((Config, "model (defaults: the preset's)"), (Training, "training")):
@@ -116,14 +117,6 @@ def parse_arguments() -> dict:
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
             group.add_argument(f"--{field.name.replace('_', '-')}", help=(comments[field.name] + default).replace("%", "%%"), **how)
     return vars(parser.parse_args())
-
-
-def choose_device(wanted: str | None, local_rank: int) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    wanted = wanted or next(name for name, there in available.items() if there)
-    if not available.get(wanted):
-        raise InputError(f"--device {wanted}: there is none here; choose from {', '.join(n for n, ok in available.items() if ok)}")
-    return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -228,7 +221,7 @@ def main():
                                for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     say = print if rank == 0 else lambda *_: None
     device = choose_device(given.get("device"), local_rank)
-    settings = {"preset": "nano" if device.type == "cpu" else "micro"} | given
+    settings = {"preset": "nano"} | given
     out = Path(given.get("out") or f"out/{given.get('model', 'leviathan')}-{settings['preset']}")
     checkpoint, damaged = None, []
     if resume and not out.is_dir():
@@ -244,6 +237,8 @@ def main():
         settings |= given
     first_step = checkpoint.step if checkpoint else 0
     t = Training(**{field.name: settings[field.name] for field in fields(Training) if field.name in settings})
+    shape = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
+    Config.from_preset(t.preset, **shape | dict(vocab_size=1))          # names and shapes, before anything is prepared
     if rank == 0 and not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty: go on with --resume, or name another folder with --out")
 
@@ -267,7 +262,7 @@ def main():
         raise InputError(f"{t.data} is not the data that the run in {out} was trained on: name that with --data")
 
     # ---- model -------------------------------------------------------------------------------------------------------
-    config = Config.from_preset(t.preset, **{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
+    config = Config.from_preset(t.preset, **shape | dict(vocab_size=tokenizer.n_vocab))
     t.addresses = t.addresses or ("learned" if config.model == "leviathan" and not config.paper else "id")
     t.start = t.start or ("vectors" if config.model == "leviathan" and t.addresses == "learned" else "noise")
     if "base" not in settings and (t.addresses == "learned" or config.model != "leviathan"):      # a twin: the same file of vectors
@@ -354,7 +349,7 @@ def main():
         return total(loss)[0] / n_eval
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    description = dict(config=asdict(config), training=asdict(t), data=identity,
+    description = dict(config=asdict(config), embedding=type(model.embed_tokens).__name__, training=asdict(t), data=identity,
                        provenance=dict(torch=torch.__version__, python=platform.python_version(), command=sys.argv))
     log_path, recent = out / "log.jsonl", deque(maxlen=SPIKE_WINDOW)
     if rank == 0:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from common import InputError
+from leviathan import LanguageModel
+
 HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
 SCRIPTS = [path.name for path in sorted(HERE.glob("*.py")) if "argparse" in path.read_text(encoding="utf-8")]
 
 
 def test_equations_stand_beside_the_lines_they_became():
-    table = README[README.index("| step | equation"):README.index("**Marks**")]
+    table = README[README.index("| step | equation"):README.index("Two readings of the method")]
     quoted = re.findall(r"`([^`]+)`", table)
     code = (HERE / "leviathan.py").read_text(encoding="utf-8")
     assert len(quoted) == 9 and [line for line in quoted if line not in code] == []
@@ -56,4 +59,8 @@ def test_own_generator(tmp_path, tiny_data):
         "--seq-len 32 --d-model 32 --n-layers 1 --n-heads 2 --d-seed 8 --mode-width 1 --tokens-per-step 256 --steps 4").split()],
         capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(HERE), "PATH": ""})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out/step-00000004/model.pt").exists() and "embed_tokens" not in done.stderr
+    with pytest.raises(InputError, match="was trained with Additive in the place of TokenGenerator: load it where leviathan.Token"):
+        LanguageModel.from_checkpoint(tmp_path / "out")
+    done = subprocess.run([sys.executable, tmp_path / "mine.py", "--data", tiny_data, "--out", tmp_path / "out"],
+                          capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(HERE), "PATH": ""})
+    assert done.returncode == 1 and done.stderr.startswith("mine.py: ") and len(done.stderr.splitlines()) == 1
