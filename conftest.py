@@ -1,13 +1,17 @@
 """Shared by all tests: a small prepared folder, whose text is this project's own code."""
 import json
+import os
 import re
 import socket
 from pathlib import Path
 
 import pytest
 
-from prepare_pile import prepare
-from tokenizer import train_tokenizer
+if "PYTEST_XDIST_WORKER" in os.environ:         # several at once: a thread each, or they wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from prepare_pile import prepare  # noqa: E402
+from tokenizer import train_tokenizer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -210,6 +210,40 @@ def test_sizes_and_isoparametric_depths_are_the_papers(preset, tied, untied, dee
         assert millions(n_layers=depth) <= millions(model="dense-untied") < millions(n_layers=depth + 1)
 
 
+@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("generator", ["v1", "lev"])
+def test_every_parameter_starts_as_the_table_of_initialise_says(generator, paper):
+    """L = 3, D = 64, d_seed = 48; 8 modes of width 8."""
+    shape = dict(vocab_size=500, seq_len=16, d_model=64)
+    model = LanguageModel(Config(**shape, n_layers=3, d_seed=48, mode_width=8, generator=generator, paper=paper))
+    wide, scale = 0.02 / 6**0.5, 1 if generator == "lev" else 0.5**0.5
+    expected = {"codebooks": 0.02, "seed_proj": 48**-0.5, "splines": 0.1, "mode_proj": 0.02 * scale / 8, "lm_head": 0.02,
+                "residual_proj": 0.02 * scale / (0.21 * 48**0.5), **dict.fromkeys(("o_proj", "down_proj"), wide),
+                **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0.02)}
+    if paper:
+        expected |= {"mode_proj": 64**-0.5, "residual_proj": 48**-0.5}
+    for name, p in model.named_parameters():
+        leaf = name.removesuffix(".weight").split(".")[-1]
+        if "norm" in leaf:
+            assert (p == (0 if leaf.endswith("bias") else 1)).all(), name
+        else:
+            assert p.std().item() == pytest.approx(expected[leaf], rel=0.06), name
+            assert p.mean().item() == pytest.approx(leaf == "splines", abs=4 * expected[leaf] / p.numel() ** 0.5), name
+    table = LanguageModel(Config(**shape, n_layers=1, model="dense-untied")).embed_tokens.weight
+    assert table.std().item() == pytest.approx(0.02, rel=0.06)
+
+
+def test_a_models_settings_reach_its_generator():
+    settings = dict(generator="v1", n_coords=2, base=11, d_seed=10, n_knots=5, n_modes=4, mode_width=3, paper=True)
+    addresses = torch.arange(97).flip(0)
+    model = LanguageModel(Config(**TINY | settings), addresses=addresses)
+    found = vars(model.embed_tokens.config)
+    assert {name: found[name] for name in settings} == settings and torch.equal(model.embed_tokens.addresses, addresses)
+    assert not {"cos", "sin"} & model.state_dict().keys()       # computed, not kept
+    same_seed = TokenGenerator(97, 32, "v1", n_coords=2, base=11, d_seed=10, n_knots=5, n_modes=4, mode_width=3, paper=True, seed=0)
+    assert torch.equal(same_seed.splines, model.embed_tokens.splines)       # inside a model or alone, from the same stream
+
+
 def test_parts_add_up_and_a_tied_table_counts_once():
     """TINY: V = 97, D = 32, L = 2; 16 D² in a block and two norms, one more at the end."""
     blocks, table = 2 * (16 * 32**2 + 2 * 32) + 32, 97 * 32

@@ -31,6 +31,14 @@ def data(tiny_data, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_data, tmp_path / "shards"))
 
 
+def test_the_ends_of_what_is_allowed():
+    Config(n_knots=3), Config(seq_len=2**20), Config(n_coords=62, base=2), Config(base=2**21 - 1), Config(n_layers=2**31 - 1)
+    assert Config(d_model=2).n_heads == 1 and Config(d_model=192).n_heads == 3
+    for fields in (dict(seq_len=2**20 + 1), dict(n_coords=63), dict(base=2**21), dict(n_layers=2**31), dict(n_layers=-1)):
+        with pytest.raises(InputError):
+            Config(**fields)
+
+
 @pytest.fixture
 def call(monkeypatch, tmp_path):
     """Run a script's main() as if from the command line, in an empty folder."""
