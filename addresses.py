@@ -203,7 +203,7 @@ def learned(folder, config: Config) -> dict[str, torch.Tensor]:
     V = config.vocab_size
     shapes = dict(addresses=(V,), vectors=(V, config.d_seed), counts=(V,))
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as opened, np.load(opened) as file:
             found = {name: torch.from_numpy(file[name]) for name in shapes}
         assert all(found[name].shape == shape for name, shape in shapes.items())
     except Exception as error:      # numpy raises anything from BadZipFile to EOFError

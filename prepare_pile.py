@@ -21,7 +21,7 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -154,7 +154,7 @@ def clear_errors(partial: Path):
 class Unfinished:
     """OUT.partial: both splits, and how far the sources are read. What `save` wrote, the next run goes on from."""
     def __init__(self, folder: Path, request: dict, choose_encoding):
-        self.folder, self.request, self.file = folder, request, folder / "progress.npz"
+        self.folder, self.request, self.file, self.splits = folder, request, folder / "progress.npz", []
         if self.file.exists():
             self.restore()
             return
@@ -197,9 +197,10 @@ class Unfinished:
                 self.validation = arrays["validation"]
                 for split, about in zip(self.splits, state["splits"]):
                     split.restore(about, arrays)
-        except InputError:
-            raise
         except Exception as error:      # numpy raises anything from BadZipFile to tokenize.TokenError
+            self.close()
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{self.file} is damaged ({error!r}): remove {self.folder} to start over") from error
         self.saved = time.monotonic()
 
@@ -222,6 +223,10 @@ class Unfinished:
         self.n_bad += len(encoded.bad)
         self.position = encoded.end
         self.sources[self.position.source:] = [[self.position.read, self.position.sha256]]
+
+    def close(self):
+        for split in self.splits:
+            split.close()
 
     def finish(self, names: list[str]):
         """The last shards, counts.npy and, when all is there, meta.json."""
@@ -265,14 +270,16 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
         for leftover in partial.glob("*.tmp"):          # of a run that was killed while it saved
             leftover.unlink()
         if (partial / "progress.npz").exists() or not (partial / "meta.json").exists():      # else only the renaming is left
-            unfinished = Unfinished(partial, request, choose_encoding)
-            tokenise(unfinished, sources, sizes, len(val_files), one_in, workers, skip_bad)
-            for split in unfinished.splits:
-                if not split.totals.any():
-                    shutil.rmtree(partial)
-                    raise InputError(f"no documents for {split.name} among {sum(s.totals[:, 0].sum() for s in unfinished.splits)} "
-                                     "in all: give more documents, or a validation file of its own with --val")
-            unfinished.finish(request["sources"])
+            with closing(Unfinished(partial, request, choose_encoding)) as unfinished:
+                tokenise(unfinished, sources, sizes, len(val_files), one_in, workers, skip_bad)
+                for split in unfinished.splits:
+                    if not split.totals.any():
+                        unfinished.close()
+                        shutil.rmtree(partial)
+                        n = sum(s.totals[:, 0].sum() for s in unfinished.splits)
+                        raise InputError(f"no documents for {split.name} among {n} in all: give more documents, or a validation file "
+                                         "of its own with --val")
+                unfinished.finish(request["sources"])
         (partial / "progress.npz").unlink(missing_ok=True)
         if out.exists():
             out.rmdir()

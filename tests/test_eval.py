@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ SHAPE = dict(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_se
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Three domains, in validation shards of 700 tokens, so that documents go on from one to the next."""
-    source = open(evaluation.__file__, encoding="utf-8").read()
+    source = Path(evaluation.__file__).read_text(encoding="utf-8")
     lines = [dict(text=source[i * 90:i * 90 + 40 + 7 * i], meta=dict(pile_set_name="ABC"[i % 3])) for i in range(60)]
     (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     (tmp_path / "train.txt").write_text(source[:3_000], encoding="utf-8")
