@@ -277,8 +277,8 @@ def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, va
                         unfinished.close()
                         shutil.rmtree(partial)
                         n = sum(s.totals[:, 0].sum() for s in unfinished.splits)
-                        raise InputError(f"no documents for {split.name} among {n} in all: give more documents, or a validation file "
-                                         "of its own with --val")
+                        raise InputError(f"no documents for {split.name} among {n} in all: give more documents, or a validation "
+                                         "file of its own with --val")
                 unfinished.finish(request["sources"])
         (partial / "progress.npz").unlink(missing_ok=True)
         if out.exists():
