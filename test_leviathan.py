@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common import InputError
 from leviathan import (
     PRESETS,
     Config,
@@ -240,8 +241,14 @@ def test_a_models_settings_reach_its_generator():
     found = vars(model.embed_tokens.config)
     assert {name: found[name] for name in settings} == settings and torch.equal(model.embed_tokens.addresses, addresses)
     assert not {"cos", "sin"} & model.state_dict().keys()       # computed, not kept
+    assert len(model.embed_tokens.seed_proj) == 1 and len(TokenGenerator(97, 32, "lev", n_modes=4).seed_proj) == 4      # P
     same_seed = TokenGenerator(97, 32, "v1", n_coords=2, base=11, d_seed=10, n_knots=5, n_modes=4, mode_width=3, paper=True, seed=0)
     assert torch.equal(same_seed.splines, model.embed_tokens.splines)       # inside a model or alone, from the same stream
+
+
+def test_a_context_has_an_end():
+    with pytest.raises(InputError, match="^17 tokens exceed the model's seq_len of 16$"):
+        LanguageModel(Config(**TINY))(torch.zeros(1, 17, dtype=torch.long))
 
 
 def test_parts_add_up_and_a_tied_table_counts_once():
