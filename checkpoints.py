@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, fsync
+from common import InputError, fsync, read_json
 
 
 def newest_checkpoint(path) -> Path:
@@ -20,6 +20,14 @@ def newest_checkpoint(path) -> Path:
     if not found:
         raise InputError(f"no checkpoint in {path}: name a folder that train.py has written")
     return found[-1]
+
+
+def training_data(folder: Path) -> Path:
+    """The folder of shards that a checkpoint was trained on. Raises InputError."""
+    try:
+        return Path(read_json(folder / "config.json")["training"]["data"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} does not say what it was trained on ({error!r})") from error
 
 
 def load_tensors(path: Path, device="cpu"):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints import newest_checkpoint
+from checkpoints import newest_checkpoint, training_data
 from common import InputError, choose_device, command_line, read_json
 from documents import chunks, parse_chunk
 from leviathan import LanguageModel
@@ -90,6 +90,8 @@ def evaluate(model: LanguageModel, data: Path, split: str, spelling: list[bytes]
     total = windows.meta[split]["tokens"]
     with tqdm(total=total, unit="token", unit_scale=True, desc=name, leave=False, dynamic_ncols=True, mininterval=1) as bar:
         for ids, documents, domain in pieces(windows):
+            if documents.max() >= len(nats):
+                raise InputError(f"{data} has more documents than the {len(nats):,} of its meta.json: prepare the data again")
             inputs, targets = ids[:, :-1], ids[:, 1:]
             losses = token_losses(model, torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy()))[0].double().numpy()
             ones, size = np.ones_like(losses), n_bytes[targets]
@@ -245,7 +247,7 @@ def main():
 
     device, folders = choose_device(args.device), [newest_checkpoint(path) for path in args.checkpoints]
     known = [read_json(folder / "tokenizer.json") for folder in folders]
-    data = args.data or Path(read_json(folders[0] / "config.json")["training"]["data"])
+    data = args.data or training_data(folders[0])
     meta = read_meta(data)
     for folder, tokenizer in zip(folders, known):
         if tokenizer.get("fingerprint") != meta["tokenizer"]["fingerprint"]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoints import newest_checkpoint
+from checkpoints import newest_checkpoint, training_data
 from common import InputError, command_line, read_json
 from leviathan import LanguageModel, digits, spline_basis
 from shards import read_counts
@@ -28,8 +28,8 @@ def load(path: Path) -> tuple[LanguageModel, object, np.ndarray]:
     """Model, tokenizer and the counts of the ids in its training data."""
     folder = newest_checkpoint(path)
     model = LanguageModel.from_checkpoint(folder).eval()
-    data = Path(read_json(folder / "config.json")["training"]["data"])
-    return model, tokenizer_from_json(read_json(folder / "tokenizer.json")), read_counts(data, model.config.vocab_size)
+    counts = read_counts(training_data(folder), model.config.vocab_size)
+    return model, tokenizer_from_json(read_json(folder / "tokenizer.json")), counts
 
 
 def frequent_words(tokenizer, counts: np.ndarray) -> dict[int, str]:

@@ -55,7 +55,8 @@ def draw(logits, temperature: float, top_k: int, top_p: float, rngs):
 
     top_k: of the k likeliest tokens only, 0 for all; top_p: of the fewest likeliest that have this much probability together.
     """
-    values, candidates = logits.cpu().double().topk(min(top_k or logits.shape[-1], logits.shape[-1]))       # likeliest first
+    V = logits.shape[-1]
+    values, candidates = logits.cpu().double().topk(1 if temperature == 0 else min(top_k or V, V))          # likeliest first
     if temperature == 0:
         return candidates[:, 0]
     probabilities = ((values - values[:, :1]) / temperature).softmax(-1)

@@ -162,6 +162,14 @@ def test_bad_input(data, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no prepared data in .*nowhere"):
         call(monkeypatch, a, "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
     meta = read_json(data / "meta.json")
+    (data / "meta.json").write_text(json.dumps(meta | dict(val=meta["val"] | dict(documents=2))))
+    with pytest.raises(InputError, match="has more documents than the 2 of its meta.json: prepare the data again"):
+        call(monkeypatch, a, "--out", tmp_path / "out")
+    about = read_json(tmp_path / "a/step-00000001/config.json")
+    (tmp_path / "a/step-00000001/config.json").write_text(json.dumps(about | dict(training=3)))
+    with pytest.raises(InputError, match="config.json does not say what it was trained on"):
+        call(monkeypatch, a, "--out", tmp_path / "out")
+    (tmp_path / "a/step-00000001/config.json").write_text(json.dumps(about))
     meta["tokenizer"]["fingerprint"] = "0"
     (data / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match="was trained with another tokenizer than .* compare bits per byte"):
