@@ -1,526 +1,456 @@
-"""Leviathan: a LLaMA-style language model without an input embedding table.
+"""Leviathan: a LLaMA-style language model that computes its input embeddings instead of looking them up.
 
     Batley and Saha, "A Separable Architecture for Continuous Token Representation in Language Models",
-    arXiv 2601.22040, v1 (January 2026); v2 (May 2026) calls the generator LEV, "learned embedding vectorization".
+    arXiv 2601.22040. v1 (January 2026) is what stands here by default; v2 (May 2026) calls the generator LEV.
 
-An ordinary model looks the vector of token i up in a table of V rows. Leviathan computes it:
+An ordinary model keeps a table with one row for each of its V tokens. Leviathan computes the row of token i:
 
-    i -> address -> base-b digits -> codebook sum -> dense, LayerNorm, sigmoid          (where the token lives)
-      -> B-spline basis -> product over dimensions ("modes") -> projection (+ residual)  (what is found there)
+    z = Σ_j C_j[i_j]                       its base-b digits i_j choose rows of k codebooks   `seeds`
+    ẑ = σ(LN(W_seed z))                    a point in the unit cube: where the token lives    `coordinates`
+    e = Σ_m W_m Π_d φ_md(ẑ_d) + W_res ẑ    products of learned curves: what is found there    `surface`
 
-Marks, here and in the README: [P] the paper says so, [R] reconstructed from its numbers or from later public code of
-the same mathematics, [O] our own choice.
+`TokenGenerator.rows` is these three lines; all else in that class is efficiency. Behind the embedding comes
+Llama, with its parameters' names. `Config.model` chooses the dense twins, which differ in the embedding.
 
-Names: paper symbol, code                       Shapes, in comments
-    V    vocab_size   size of the vocabulary        N  tokens given (any shape)     B  sequences in a batch
-    D    d_model      width of the model            U  distinct ids among them      T  positions in a sequence
-    k    n_coords     digits of an address          P  seed projections: 1 for v1,  H  heads
-    b    base         smallest with b^k >= V           M for lev (one per mode)     C  columns of one projection,
-         d_seed       seed dimensions                                                  n_modes * mode_width / P
-    κ    n_knots      knots of a spline
-    M    n_modes      products ("h" in v2)
-    r    mode_width   channels of each product
-
-How the decoder differs from Hugging Face's Llama: it does not, and its parameters carry the same names; `TokenGenerator`
-alone stands where Llama has `embed_tokens`. All three twins (`Config.model`) share everything else.
+Marks: [P] the paper says so, [R] reconstructed from its numbers or from later code, [O] our own choice.
+    V  vocab_size  size of the vocabulary        κ  n_knots     knots of a spline
+    D  d_model     width of the model            M  n_modes     products of curves ("h" in v2)
+    k  n_coords    digits of an address          r  mode_width  numbers side by side in each product
+    b  base        smallest with b^k >= V        C              columns: M r
+       d_seed      dimensions of z and ẑ         N, U           ids of any shape; the distinct among them
+    H  n_heads     attention heads               B, T           sequences; positions in each
 """
+import json
 import math
+import zipfile
 import zlib
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
-from itertools import repeat
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import check_tensors, load_tensors, newest_checkpoint
-from common import InputError, check_types, read_json
-from loss import linear_cross_entropy
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: a preset is a shape, a generator is a reading of the method.
-
-MODELS = {
-    "leviathan": "token generator, untied head",
-    "dense": "lookup table tied to the head: the iso-body twin [P]",
-    "dense-untied": "lookup table, untied head: the isoparametric twin [R]",
-}
-GENERATORS = {  # slope: the sigmoid's argument is slope * LayerNorm
-    "v1": dict(n_knots=32, seed_projection_per_mode=False, slope=1.0, residual=True),    # κ [P, from a digest], rest [P]
-    "lev": dict(n_knots=16, seed_projection_per_mode=True, slope=0.5, residual=False),   # κ [R], slope [P/R]
-}
-PRESETS = {  # shape (Config), then recipe (train.py). The first two are [O]; below, D is [P], depth [R], the recipe [O],
-    # but for 512 x 512 tokens a step [P] and about 20 tokens per parameter [R, from v2]. Sizes are Leviathan's.
-    "nano":  dict(d_model=128, n_layers=4, seq_len=128, mode_width=32,
-                  learning_rate=4e-3, tokens_per_step=4_096, steps=300),
-    "micro": dict(d_model=256, n_layers=6, seq_len=256, mode_width=32,
-                  learning_rate=2e-3, tokens_per_step=32_768, steps=600),
-    "60m":   dict(d_model=256, n_layers=6, seq_len=512, mode_width=64,       # v1, isoparametric: 52 layers, 108.5M [P]
-                  learning_rate=1e-3, tokens_per_step=262_144, steps=4_600),
-    "270m":  dict(d_model=768, n_layers=12, seq_len=512, mode_width=64,      # v1, isoparametric: 28 layers, 421M [P]
-                  learning_rate=6e-4, tokens_per_step=262_144, steps=20_600),
-    "410m":  dict(d_model=1024, n_layers=12, seq_len=512, mode_width=64,
-                  learning_rate=5e-4, tokens_per_step=262_144, steps=31_300),
-    "1.2b":  dict(d_model=2048, n_layers=12, seq_len=512, mode_width=64,     # 24.1B tokens [P]
-                  learning_rate=3e-4, tokens_per_step=262_144, steps=92_000),
-}
-
-
-@dataclass(frozen=True)
+@dataclass
 class Config:
-    """The shape of a model. None means: derived from the other fields. Raises InputError where they don't fit."""
-    model: str = "leviathan"        # leviathan | dense | dense-untied
+    """The shape of a model. Raises ValueError where it is none."""
+    model: str = "leviathan"        # leviathan [P], dense (tied table [P]) or dense-untied [R]
     vocab_size: int = 200_019       # V: the tokenizer's; o200k_base has this, the paper 200,376 [P]
-    seq_len: int = 512              # the longest context
+    seq_len: int = 512              # T: the longest context
     d_model: int = 256              # D: width
-    n_layers: int = 6               # decoder blocks of 16 D^2 parameters each [R]
-    n_heads: int | None = None      # None: D / 64 [O]
-    generator: str = "lev"          # v1 | lev: the paper's first or second version of the method
+    n_layers: int = 6               # blocks of 16 D² parameters each [R]
+    n_heads: int | None = None      # H: D / 64 if left out [O]
+    generator: str = "v1"           # the method as of January, v1, or as of May, lev
     n_coords: int = 3               # k: digits of a token's address [P]
-    base: int | None = None         # b: None for the smallest with b^k >= V [P], and 256 where train.py learns addresses [O]
-    d_seed: int = 128               # seed dimensions, factors of every product [P]
-    n_knots: int | None = None      # κ: None for the generator's own, 32 (v1) or 16 (lev)
+    base: int | None = None         # b: the smallest with b^k >= V if left out [P]
+    d_seed: int = 128               # dimensions of seed and point, factors of every product [P]
+    n_knots: int | None = None      # κ: the generator's own if left out, 32 for v1 [P], 16 for lev [R]
     n_modes: int = 8                # M: products [P]
-    mode_width: int = 64            # r: channels of each product [R]
-    paper: bool = False             # the literal reading: no centring, start of unit scale [R], the id as address [P]
+    mode_width: int = 64            # r: numbers in each product; 64 fits the paper's sizes [R]
+    centred: bool = True            # subtract what modes and points have in common; start at 0.02 [O]
 
     def __post_init__(self):
-        check_types(self)
+        for name, known in (("model", ("leviathan", "dense", "dense-untied")), ("generator", GENERATORS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
+        for name, value in vars(self).items():
+            if type(value) is int and not 1 <= value < 2**31:
+                raise ValueError(f"{name} is {value:,}: it must be at least 1 and below 2^31")
+        self.n_heads = self.n_heads or max(1, self.d_model // 64)
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads}")
 
-        def require(ok, message):
-            if not ok:
-                raise InputError(message)
 
-        require(self.model in MODELS, f"unknown model {self.model!r}: choose from {', '.join(MODELS)}")
-        require(self.generator in GENERATORS,
-                f"unknown generator {self.generator!r}: choose from {', '.join(GENERATORS)}")
-        object.__setattr__(self, "n_knots", self.n_knots or GENERATORS[self.generator]["n_knots"])
-        object.__setattr__(self, "n_heads", self.n_heads or max(1, self.d_model // 64))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not bool and isinstance(value, int):
-                require(1 <= value < 2**31, f"{field.name} is {value}: it must be at least 1" if value < 1 else
-                        f"{field.name} is {value:,}: it must be below 2^31")
-        require(self.n_coords <= 62, f"n_coords is {self.n_coords}: 62 digits are the most that 64 bits have")
-        object.__setattr__(self, "base", self.base or smallest_base(self.vocab_size, self.n_coords))
-        require(self.d_model % self.n_heads == 0,
-                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
-        require(self.d_model // self.n_heads % 2 == 0,
-                f"head_dim {self.d_model // self.n_heads} (d_model / n_heads) is odd: rotary positions need pairs")
-        require(self.n_knots >= 3, f"n_knots {self.n_knots}: a quadratic spline needs at least 3")
-        require(self.base**self.n_coords >= self.vocab_size,
-                f"base {self.base} with {self.n_coords} digits has {self.base**self.n_coords:,} addresses, "
-                f"too few for a vocabulary of {self.vocab_size:,}: raise base or n_coords")
-        require(self.seq_len <= 2**20, f"seq_len is {self.seq_len:,}: it may be 1,048,576 at most")
-        require(self.base**self.n_coords < 2**63, f"base {self.base} with {self.n_coords} digits exceeds 64 bits: lower one")
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> "Config":
-        """The shape called `name` in PRESETS, with any field overridden."""
-        if name not in PRESETS:
-            raise InputError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
-        own = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in PRESETS[name].items() if key in own} | overrides)
-
+# ---- the method ----------------------------------------------------------------------------------------
 
 def smallest_base(vocab_size: int, n_coords: int) -> int:
-    """The smallest b with b^k >= V, in integers: ceil(V ** (1/k)) is wrong when V is an exact k-th power."""
-    base = max(1, round(vocab_size ** (1 / n_coords)) - 1)
-    while base**n_coords < vocab_size:
-        base += 1
-    return base
+    """The smallest b with b^k >= V, in integers: ceil(V ** (1/k)) errs where V is an exact power [P]."""
+    return next(base for base in count(1) if base**n_coords >= vocab_size)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The method, step by step.
 
 def digits(addresses, base: int, n_coords: int):
-    """Base-b digits of each address, most significant first [P]. (U) -> (U, k)"""
+    """Base-b digits of each address, the most significant first [P]. (U) -> (U, k)"""
     powers = base ** torch.arange(n_coords - 1, -1, -1, device=addresses.device)
     return addresses.unsqueeze(-1) // powers % base
 
 
 def spline_basis(x, n_knots: int):
-    """Quadratic B-splines on equally spaced knots of [0, 1], summing to 1 everywhere [R]. (...) -> (..., κ)
+    """Quadratic B-splines on equally spaced knots of [0, 1], made to sum to 1 [R]. (...) -> (..., κ)
 
-    With t the distance to a knot in knot spacings, B = 3/4 - t^2 for t < 1/2, (3/2 - t)^2 / 2 for t < 3/2, else 0. So at
-    most three values are non-zero: that of the nearest knot, at signed distance u, and of its two neighbours.
+    At t knot spacings from its knot, B = 3/4 - t² for t < 1/2, (3/2 - t)² / 2 for t < 3/2, else 0. So three
+    at most are not zero: that of the nearest knot, at signed distance u, and those of its neighbours.
     """
     position = x * (n_knots - 1)
     nearest = position.detach().round().clamp(0, n_knots - 1)
-    u = position - nearest                                                                  # in [-1/2, 1/2]
-    left = torch.where(nearest > 0, (0.5 - u).square() / 2, 0)                              # beyond either end there is
-    right = torch.where(nearest < n_knots - 1, (0.5 + u).square() / 2, 0)                   # no knot, and the others
-    middle = 0.75 - u.square()                                                              # share its part
-    total = left + middle + right
-    values = torch.stack([value / total for value in (left, middle, right)], dim=-1)        # (..., 3)
+    u = position - nearest                                                      # in [-1/2, 1/2]
+    left = torch.where(nearest > 0, (0.5 - u).square() / 2, 0)                  # no knot lies beyond an end
+    right = torch.where(nearest < n_knots - 1, (0.5 + u).square() / 2, 0)
+    middle = 0.75 - u.square()
+    three = torch.stack([left, middle, right], dim=-1) / (left + middle + right).unsqueeze(-1)
     knots = nearest.long().unsqueeze(-1) + torch.arange(-1, 2, device=x.device)             # (..., 3)
-    return values.new_zeros(*x.shape, n_knots).scatter_add(-1, knots.clamp(0, n_knots - 1), values)
+    return three.new_zeros(*x.shape, n_knots).scatter_add(-1, knots.clamp(0, n_knots - 1), three)
 
 
 def product_tree(factors):
-    """Product over the first dimension, in pairs. (n, ...) -> (...)
-
-    Unlike a sum of logarithms with sign parity it has the right gradient where a factor is exactly 0.
-    """
+    """Product over the first dimension, in pairs: its gradient is right at 0 too. (n, ...) -> (...)"""
     while len(factors) > 1:
-        first, second, *odd = factors.split(len(factors) // 2)      # slices would each fill a gradient with zeros
+        first, second, *odd = factors.split(len(factors) // 2)
         factors = torch.cat([first * second, *odd]) if odd else first * second
     return factors[0]
 
 
-class TokenGenerator(nn.Module):
-    """Computes token embeddings: a drop-in for `nn.Embedding(vocab_size, d_model)` in any model.
+class Modes(nn.Module):
+    """Π_d φ_d(x_d), a learned curve φ_d = Σ_n B_n S_dn for each dimension [P]. (U, d_seed) -> (U, C)
 
-    ids (any shape, any integer type, 0 <= id < V) -> (*ids.shape, D). Raises IndexError for other ids.
-
-    addresses: V integers, one to one into 0 ... b^k - 1; None for the ids themselves [P]. They decide which tokens share
-        digits, and so codebook rows; they are a buffer and travel with the weights.
-    paper: the literal reading. By default modes and residual are centred (-1, -1/2) and start at the scale of a
-        table, 0.02 [O]: literally, modes start near 1 and ẑ near 1/2, so that all tokens start nearly parallel.
+    `splines` holds S - 1 [O]: since the B_n sum to 1, φ = 1 + Σ_n B_n (S - 1)_n. So 0 is neutral, and
+    bfloat16, whose steps near 1 are 1/128, can train it. Factors are float32 at least: 128 err by 2 % else.
     """
-    ELEMENTS_PER_CHUNK = {"cpu": 2**21}    # spline values held at once: what fits a CPU's cache, ...
-    DEFAULT_ELEMENTS = 2**27               # ... and half a gigabyte of float32 elsewhere
-
-    def __init__(self, vocab_size: int, d_model: int, generator: str = "lev", *, n_coords: int = 3, base: int | None = None,
-                 d_seed: int = 128, n_knots: int | None = None, n_modes: int = 8, mode_width: int = 64,
-                 paper: bool = False, addresses=None, seed: int = 0):
+    def __init__(self, d_seed: int, n_knots: int, columns: int):
         super().__init__()
-        self.config = Config("leviathan", vocab_size, d_model=d_model, n_heads=1, generator=generator, n_coords=n_coords,
-                             base=base, d_seed=d_seed, n_knots=n_knots, n_modes=n_modes, mode_width=mode_width, paper=paper)
-        c, method = self.config, GENERATORS[generator]
-        self.num_embeddings, self.embedding_dim = vocab_size, d_model       # as nn.Embedding calls them
-        self.slope = method["slope"]
-        P = n_modes if method["seed_projection_per_mode"] else 1
-        self.register_buffer("addresses", torch.arange(vocab_size) if addresses is None else torch.as_tensor(addresses).clone())
-        self.codebooks = nn.Parameter(torch.empty(n_coords, c.base, d_seed))
-        self.seed_proj = nn.Parameter(torch.empty(P, d_seed, d_seed))
-        self.seed_norm_weight = nn.Parameter(torch.empty(P, d_seed))
-        self.seed_norm_bias = nn.Parameter(torch.empty(P, d_seed))
-        self.splines = nn.Parameter(torch.empty(d_seed, P, c.n_knots, n_modes * mode_width // P))    # S
-        self.mode_proj = nn.Linear(n_modes * mode_width, d_model, bias=False)                        # W_out
-        self.residual_proj = nn.Linear(d_seed, d_model, bias=False) if method["residual"] else None  # W_res
-        self.register_load_state_dict_post_hook(lambda module, _: module.check_addresses())
-        self.check_addresses()
+        self.splines = nn.Parameter(torch.empty(d_seed, n_knots, columns))
+
+    def forward(self, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        basis = spline_basis(x.T.to(wide), self.splines.shape[1])               # (d_seed, U, κ)
+        curves = (basis @ self.splines.to(wide)).add_(1)                        # (d_seed, U, C)
+        return product_tree(curves).to(x.dtype)
+
+
+class TokenGenerator(nn.Module):
+    """Computes token embeddings; stands wherever `nn.Embedding(vocab_size, d_model)` does. Settings: Config.
+
+    The January version. Where the paper leaves a choice ours is [R]: the residual acts on ẑ (W_seed z would
+    fit too); "M modes summed and projected" is Σ_m W_m mode_m, as in v2; LayerNorm's eps is 1e-5, not 1e-6.
+
+    centred [O]: modes start near 1 and points near 1/2, which makes all embeddings nearly parallel. So both
+    are subtracted, and embeddings start at a table's 0.02. Uncentred: the literal reading, at Flax's scale.
+    addresses, a buffer: V different integers below b^k, whose digits count. The ids [P], or what is loaded.
+    """
+    N_KNOTS = 32
+    CURVE_VALUES = {"cpu": 2**23, "other": 2**27}       # φ held at once: 32 MB on a CPU, 512 elsewhere
+
+    def __init__(self, vocab_size: int, d_model: int, *, n_coords: int = 3, base: int | None = None,
+                 d_seed: int = 128, n_knots: int | None = None, n_modes: int = 8, mode_width: int = 64,
+                 centred: bool = True, seed: int = 0):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = vocab_size, d_model           # as nn.Embedding calls them
+        self.n_coords, self.base = n_coords, base or smallest_base(vocab_size, n_coords)
+        self.d_seed, self.n_knots = d_seed, n_knots or self.N_KNOTS
+        self.n_modes, self.mode_width, self.centred = n_modes, mode_width, centred
+        if not vocab_size <= self.base**n_coords < 2**63:
+            raise ValueError(f"{n_coords} digits of base {self.base} cannot number {vocab_size:,} tokens")
+        if self.n_knots < 3:
+            raise ValueError(f"n_knots is {self.n_knots}: a quadratic spline needs 3")
+        self.register_buffer("addresses", torch.arange(vocab_size))
+        self.codebooks = nn.Parameter(torch.empty(n_coords, self.base, d_seed))     # C
+        self.seed_proj = nn.Linear(d_seed, d_seed, bias=False)                      # W_seed
+        self.seed_norm = nn.LayerNorm(d_seed)
+        self.modes = Modes(d_seed, self.n_knots, n_modes * mode_width)
+        self.mode_proj = nn.Linear(n_modes * mode_width, d_model, bias=False)       # W_1 ... W_M
+        self.residual_proj = nn.Linear(d_seed, d_model, bias=False)                 # W_res
+        self.register_load_state_dict_post_hook(check_addresses)
         initialise(self, seed)
 
-    def check_addresses(self):
-        """Raises InputError unless the addresses are V distinct integers in 0 ... b^k - 1."""
-        a, room = self.addresses, self.config.base**self.config.n_coords
-        if a.shape != (self.num_embeddings,) or a.is_floating_point():
-            raise InputError(f"addresses must be {self.num_embeddings:,} integers, one per token; got {a.dtype} of shape "
-                             f"{tuple(a.shape)}")
-        if a.is_meta:
-            return
-        if a.min() < 0 or a.max() >= room:
-            raise InputError(f"addresses must lie in 0 ... {room - 1:,} (base^n_coords - 1); got {a.min()} ... {a.max()}")
-        order = a.argsort(stable=True)
-        clash = (a[order][1:] == a[order][:-1]).nonzero()
-        if len(clash):
-            first, second = order[clash[0, 0]].item(), order[clash[0, 0] + 1].item()
-            raise InputError(f"addresses collide: tokens {first} and {second} share {a[first]}; each needs one of its own")
+    def seeds(self, ids):
+        """Mechanism 1: z = Σ_j C_j[i_j] [P]. (U) -> (U, d_seed)"""
+        chosen = digits(self.addresses.index_select(0, ids.long()), self.base, self.n_coords)
+        return sum(F.embedding(digit, codebook) for digit, codebook in zip(chosen.T, self.codebooks))
 
-    def forward(self, ids):
-        """An embedding depends on the id alone, so each distinct id is generated once and then looked up."""
-        distinct, inverse = ids.unique(return_inverse=True)
-        return F.embedding(inverse, self.rows(distinct))
+    def coordinates(self, z):
+        """ẑ = σ(LN(W_seed z)), in (0, 1) [P]. (U, d_seed) -> (U, d_seed)"""
+        return torch.sigmoid(self.seed_norm(self.seed_proj(z)))
+
+    def surface(self, x):
+        """Mechanism 2, Eq. 3: e = Σ_m W_m Π_d φ_md(ẑ_d) + W_res ẑ [P]. (U, d_seed) -> (U, D)"""
+        one = 1 if self.centred else 0
+        return self.mode_proj(self.modes(x) - one) + self.residual_proj(x - one / 2)
 
     def rows(self, ids):
-        """Embeddings of a list of ids, in float32 or better whatever the autocast [O]. (U) -> (U, D)"""
-        with torch.autocast(ids.device.type, enabled=False) if ids.device.type != "meta" else nullcontext():
-            address = self.addresses.index_select(0, ids.long())
-            latent = self.latent(digits(address, self.config.base, self.config.n_coords))
-            return self.aggregate(latent, self.modes(latent)).to(self.splines.dtype)
+        """The method. (U) -> (U, D)"""
+        return self.surface(self.coordinates(self.seeds(ids)))
 
-    def from_seeds(self, seeds):
-        """Embeddings of tokens that have a seed z of their own instead of digits: how one is added after training [O].
+    def forward(self, ids):
+        """The same, fast [O]: each distinct id once, in chunks that backward computes again. (N) -> (N, D)
 
-        (U, d_seed) -> (U, D)
+        In float32 whatever the autocast. Raises TypeError unless ids are integers, IndexError beyond V.
         """
-        latent = self.project(seeds)
-        return self.aggregate(latent, self.modes(latent))
+        if ids.dtype == torch.bool or ids.is_floating_point():
+            raise TypeError(f"ids are of type {ids.dtype}: they must be integers")
+        values = self.CURVE_VALUES.get(ids.device.type, self.CURVE_VALUES["other"])
+        distinct, inverse = ids.unique(return_inverse=True)
+        first, *rest = distinct.split(max(32, values // (self.d_seed * self.n_modes * self.mode_width)))
+        with torch.autocast(ids.device.type, enabled=False):
+            rows = [self.rows(first), *(checkpoint(self.rows, chunk, use_reentrant=False) for chunk in rest)]
+            return F.embedding(inverse, torch.cat(rows))
 
     @torch.no_grad()
     def table(self):
-        """The rows of all ids: what `nn.Embedding` would hold. -> (V, D)"""
-        return torch.cat([self.rows(ids) for ids in torch.arange(self.num_embeddings, device=self.addresses.device).split(8_192)])
-
-    def latent(self, digits):
-        """ẑ = sigmoid(slope * LN(W_seed Σ_j C_j[i_j])), in (0, 1) [P]. (U, k) -> (U, P, d_seed)
-
-        W_seed is applied to the k·b codebook rows before they are summed: the same by linearity, and far fewer rows. Not so
-        where ids are few, as when text is sampled.
-        """
-        wide = torch.promote_types(self.splines.dtype, torch.float32)       # a bfloat16 product of 128 errs by 2 %
-        k, b, _ = self.codebooks.shape
-        rows = digits + b * torch.arange(k, device=digits.device)                                      # (U, k)
-        if len(rows) < b:
-            return self.project(F.embedding(rows, self.codebooks.to(wide).flatten(0, 1)).sum(1))
-        projected = torch.einsum("kbs,pts->kbpt", self.codebooks.to(wide), self.seed_proj.to(wide)).reshape(k * b, -1)
-        return self.squash(F.embedding(rows, projected).sum(1).unflatten(-1, self.seed_norm_weight.shape))
-
-    def project(self, seeds):
-        """ẑ of seeds as they are. (U, d_seed) -> (U, P, d_seed)"""
-        return self.squash(torch.einsum("us,pts->upt", seeds, self.seed_proj.to(seeds.dtype)))
-
-    def squash(self, z):
-        """LayerNorm and sigmoid, of each seed projection [P]. (U, P, d_seed) -> (U, P, d_seed)"""
-        weight, bias = self.seed_norm_weight.to(z.dtype), self.seed_norm_bias.to(z.dtype)
-        return torch.sigmoid(self.slope * (F.layer_norm(z, z.shape[-1:]) * weight + bias))
-
-    def modes(self, latent):
-        """mode_m = Π_d φ_{m,d}(ẑ_d), each channel a rank-1 tensor product of splines [P]. (U, P, d_seed) -> (U, M*r)
-
-        The factors are d_seed times the size of the result, so where they are many only those of a chunk of ids and of one
-        projection are held, and they are computed again in backward.
-        """
-        per_id = self.splines[:, 0, 0].numel()
-        limit = max(32, self.ELEMENTS_PER_CHUNK.get(latent.device.type, self.DEFAULT_ELEMENTS) // per_id)
-        if latent[..., 0].numel() <= limit:
-            return self.modes_of_chunk(latent, self.splines)
-        n_chunks = -(-len(latent) // limit)
-        return torch.cat([
-            torch.cat([checkpoint(self.modes_of_chunk, chunk, splines, use_reentrant=False, preserve_rng_state=False)
-                       for chunk in latents.chunk(n_chunks)])
-            for latents, splines in zip(latent.split(1, dim=1), self.splines.split(1, dim=1))], dim=1)
-
-    def modes_of_chunk(self, latent, splines):
-        """φ_{m,d} = Σ_n B_n(ẑ_d) S[m,d,n,:], then their product over d [P]. (U, P, d_seed) -> (U, P*C)"""
-        basis = spline_basis(latent.permute(2, 1, 0), self.config.n_knots)      # (d_seed, P, U, κ)
-        factors = basis @ splines.to(basis.dtype)                               # (d_seed, P, U, C)
-        return product_tree(factors).transpose(0, 1).flatten(1)
-
-    def compile_modes(self):
-        """torch.compile what a chunk computes: the only part of the generator whose time counts."""
-        self.modes_of_chunk = torch.compile(self.modes_of_chunk, dynamic=True)
-
-    def aggregate(self, latent, modes):
-        """e = W_out mode + W_res ẑ (Eq. 3 [P]; that the residual acts on ẑ is [R]). (U, M*r) -> (U, D)"""
-        if not self.config.paper:                                               # 1 and 1/2: their means at the start
-            latent, modes = latent - 0.5, modes - 1
-        e = F.linear(modes, self.mode_proj.weight.to(modes.dtype))
-        if self.residual_proj is not None:
-            e = e + F.linear(latent[:, 0], self.residual_proj.weight.to(modes.dtype))
-        return e
+        """What `nn.Embedding` would hold. -> (V, D)"""
+        return self(torch.arange(self.num_embeddings, device=self.addresses.device))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The decoder: Llama, parameter by parameter.
+class LevGenerator(TokenGenerator):
+    """LEV, the May version, as it differs: a W_seed, a LayerNorm and so a point for each mode [P]; half the
+    sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 quotes none]."""
+    N_KNOTS = 16
 
-def rotary_tables(seq_len: int, head_dim: int):
-    """Cosines and sines of the rotary positions, Llama's convention. -> two of (T, head_dim)"""
-    frequencies = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-    angles = torch.outer(torch.arange(seq_len), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    def __init__(self, vocab_size: int, d_model: int, *, seed: int = 0, **settings):
+        super().__init__(vocab_size, d_model, **settings)
+        M, d = self.n_modes, self.d_seed
+        self.seed_proj = nn.Linear(d, M * d, bias=False)
+        self.seed_norm = nn.GroupNorm(M, M * d)                                 # a LayerNorm for each mode
+        self.modes = nn.ModuleList(Modes(d, self.n_knots, self.mode_width) for mode in range(M))
+        self.residual_proj = None
+        initialise(self, seed)
+
+    def coordinates(self, z):
+        """ẑ_m = σ(LN_m(W_seed,m z) / 2). (U, d_seed) -> (U, M, d_seed)"""
+        return torch.sigmoid(self.seed_norm(self.seed_proj(z)) / 2).unflatten(-1, (-1, self.d_seed))
+
+    def surface(self, x):
+        """e = Σ_m W_m Π_d φ_md(ẑ_md). (U, M, d_seed) -> (U, D)"""
+        modes = torch.cat([mode(point) for mode, point in zip(self.modes, x.unbind(1))], dim=-1)
+        return self.mode_proj(modes - (1 if self.centred else 0))
 
 
-def rotate(x, cos, sin):
-    """Rotate the pairs (x_j, x_{j + head_dim/2}) by their position's angles. (B, H, T, head_dim)"""
+GENERATORS = {"v1": TokenGenerator, "lev": LevGenerator}
+
+
+def check_addresses(generator: TokenGenerator, _=None):
+    """Raises ValueError unless addresses, which may come from a file, are different integers below b^k."""
+    a, room = generator.addresses, generator.base**generator.n_coords
+    if a.is_meta:
+        return
+    if a.is_floating_point() or a.min() < 0 or a.max() >= room or len(a.unique()) < len(a):
+        raise ValueError(f"addresses must be {len(a):,} different integers in 0 ... {room - 1:,}")
+
+
+# ---- the decoder: Llama, parameter by parameter --------------------------------------------------------
+
+def rotate(x, start: int):
+    """Turn the pairs (x_j, x_{j + d/2}) by the angles of positions start, start + 1 ... (B, H, T, d)
+
+    Angles are made when needed, in float32: a buffer would follow the model's dtype, and be empty on "meta".
+    """
+    T, d = x.shape[-2:]
+    frequencies = 10_000.0 ** (-torch.arange(0, d, 2, dtype=torch.float32, device=x.device) / d)
+    positions = torch.arange(start, start + T, dtype=torch.float32, device=x.device)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)                   # (T, d)
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions. `cache`, for sampling, is this layer's KeyValues of sample.py."""
-    def __init__(self, config: Config):
-        super().__init__()
-        self.n_heads = config.n_heads
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(config.d_model, config.d_model, bias=False))
-
-    def forward(self, x, cos, sin, cache=None):
-        q, k, v = (proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)                 # (B, H, T, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(k, v)                                                        # of S positions, S >= T
-        T, S = q.shape[2], k.shape[2]
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                                     # (B, T, D)
-
-
-class SwiGLU(nn.Module):
-    """silu(W_gate x) * W_up x, projected back; three D x 4D matrices [R]."""
-    def __init__(self, config: Config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
-        self.up_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
-        self.down_proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    return (x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()).to(x.dtype)
 
 
 class Block(nn.Module):
+    """Causal attention with rotary positions; SwiGLU of three D x 4D matrices [R]. (B, T, D) -> (B, T, D)
+
+    `cache`, for sampling: this layer's KeyValues of sample.py, whose positions x follow.
+    """
     def __init__(self, config: Config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.mlp = SwiGLU(config)
+        D, self.n_heads = config.d_model, config.n_heads
+        self.input_layernorm = nn.RMSNorm(D, eps=1e-6)
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(D, D, bias=False) for name in "qkvo"})
+        self.post_attention_layernorm = nn.RMSNorm(D, eps=1e-6)
+        self.mlp = nn.ModuleDict({f"{name}_proj": nn.Linear(D, 4 * D, bias=False) for name in ("gate", "up")})
+        self.mlp["down_proj"] = nn.Linear(4 * D, D, bias=False)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, cache=None):
+        attn, mlp, h = self.self_attn, self.mlp, self.input_layernorm(x)
+        q, k, v = (attn[name](h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)          # (B, H, T, d)
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        start = cache.length if cache else 0
+        q, k = rotate(q, start), rotate(k, start)
+        if cache:
+            k, v = cache.append(k, v)                                           # S positions, S >= T
+        T, S = q.shape[2], k.shape[2]
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S)
+        x = x + attn["o_proj"](y.transpose(1, 2).flatten(2))
+        h = self.post_attention_layernorm(x)
+        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
 
 
 class LanguageModel(nn.Module):
-    """Leviathan or one of its dense twins. With the same seed, twins start with bit-identical blocks and heads."""
-    def __init__(self, config: Config, seed: int = 0, addresses=None):
+    """Leviathan or a twin: `dense` ties its table to the head (iso-body [P]), `dense-untied` has both
+    (isoparametric [R]). With the same seed all start with bit-identical blocks and heads."""
+    def __init__(self, config: Config, seed: int = 0):
         super().__init__()
         self.config = c = config
-        self.materialized = False
         if c.model == "leviathan":
-            self.embed_tokens = TokenGenerator(
-                c.vocab_size, c.d_model, c.generator, n_coords=c.n_coords, base=c.base, d_seed=c.d_seed, n_knots=c.n_knots,
-                n_modes=c.n_modes, mode_width=c.mode_width, paper=c.paper, addresses=addresses)
+            self.embed_tokens = GENERATORS[c.generator](
+                c.vocab_size, c.d_model, n_coords=c.n_coords, base=c.base, d_seed=c.d_seed, n_knots=c.n_knots,
+                n_modes=c.n_modes, mode_width=c.mode_width, centred=c.centred, seed=seed)
         else:
             self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.layers = nn.ModuleList(Block(c) for layer in range(c.n_layers))
         self.norm = nn.RMSNorm(c.d_model, eps=1e-6)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        if c.model == "dense":
-            self.embed_tokens.weight = self.lm_head.weight
-        cos, sin = rotary_tables(c.seq_len, c.d_model // c.n_heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.tie()
         initialise(self, seed)
 
+    def tie(self):
+        if self.config.model == "dense":
+            self.embed_tokens.weight = self.lm_head.weight
+
     def forward(self, ids, targets=None):
-        """Logits of the next token, or the mean loss where `targets` are given. (B, T) -> (B, T, V) or scalar"""
+        """Logits of the next token, or the mean loss of `targets` if given. (B, T) -> (B, T, V) or scalar"""
         if ids.shape[1] > self.config.seq_len:
-            raise InputError(f"{ids.shape[1]} tokens exceed the model's seq_len of {self.config.seq_len}")
-        if self.materialized and torch.is_grad_enabled() and (self.training or targets is not None):
-            raise InputError("a materialized model has lost its generator and cannot be trained: load its checkpoint again, or "
-                             "compute under torch.no_grad()")
+            raise ValueError(f"{ids.shape[1]} tokens exceed the model's seq_len of {self.config.seq_len}")
         x = self.hidden(self.embed_tokens(ids))                                 # (B, T, D)
-        return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+        if targets is not None and type(self.lm_head) is nn.Linear:
+            return linear_cross_entropy(x, self.lm_head.weight, targets)
+        logits = self.lm_head(x)                                                # of any head: LoRA, quantised
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def hidden(self, x, caches=None):
-        """The decoder between its two ends, embedding and head. (B, T, D) -> (B, T, D)
-
-        With `caches`, one for each layer, x are the positions that follow those in them.
-        """
-        start = caches[0].length if caches else 0
-        cos, sin = (table[start:start + x.shape[1]] for table in (self.cos, self.sin))
-        for layer, cache in zip(self.layers, caches or repeat(None)):
-            x = layer(x, cos, sin, cache)
+        """The decoder between embedding and head; x follow what is in the `caches`, one a layer. (B, T, D)"""
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
+            x = layer(x, cache)
         return self.norm(x)
 
-    def compile_parts(self):
-        """torch.compile in place what repeats: each block, so that one compilation serves all, and the generator's modes."""
-        for layer in self.layers:
-            layer.compile()
-        if isinstance(self.embed_tokens, TokenGenerator):
-            self.embed_tokens.compile_modes()
-
     def materialize(self) -> "LanguageModel":
-        """Replace the generator by the table it makes, in place and for good: the model then *is* its untied dense twin.
-
-        For inference, at the twin's cost. Training on would train a table: forward raises InputError instead.
-        """
+        """For inference: put the table that the generator makes in its place, for good. The model then is its
+        untied twin, at that one's cost; its parameters are frozen, for training on would train a table."""
         if self.config.model == "leviathan":
             self.embed_tokens = nn.Embedding.from_pretrained(self.embed_tokens.table())
             self.config = replace(self.config, model="dense-untied")
-            self.materialized = True
-            self.eval().requires_grad_(False)
-        return self
+        return self.eval().requires_grad_(False)
 
     def parameters_by_part(self) -> dict[str, int]:
         """How many parameters stand where; a tied table is counted in the head."""
-        count = lambda module: sum(p.numel() for p in module.parameters())      # noqa: E731
-        embedding = {"leviathan": "generator"}.get(self.config.model, "table")
-        return {embedding: 0 if self.config.model == "dense" else count(self.embed_tokens),
-                "blocks": count(self.layers) + count(self.norm), "head": count(self.lm_head)}
+        sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in self.named_children()}
+        embedding = 0 if self.config.model == "dense" else sizes["embed_tokens"]
+        return {"embedding": embedding, "blocks": sizes["layers"] + sizes["norm"], "head": sizes["lm_head"]}
 
-    def n_parameters(self) -> int:
-        return sum(self.parameters_by_part().values())
-
-    def flops_per_token(self) -> int:
-        """Of a training step: 6 per parameter of blocks and head, 12·L·D·T for attention; the generator is left out."""
-        c, parts = self.config, self.parameters_by_part()
-        return 6 * (parts["blocks"] + parts["head"]) + 12 * c.n_layers * c.d_model * c.seq_len
-
-    def decay_groups(self, weight_decay: float, decay_splines: bool = False) -> list[dict]:
-        """AdamW's groups: matrices decay; norms, codebooks and splines do not.
-
-        A spline is neutral at 1, not at 0: decayed by 10 % each, a product of 128 of them vanishes (1e-6).
-        """
-        spared = ("norm",) if decay_splines else ("norm", "codebooks", "splines")
-        decays = lambda name, p: p.ndim >= 2 and not any(part in name for part in spared)      # noqa: E731
-        named = list(self.named_parameters())
-        return [dict(params=[p for name, p in named if decays(name, p)], weight_decay=weight_decay),
-                dict(params=[p for name, p in named if not decays(name, p)], weight_decay=0.0)]
-
-    @classmethod
-    def from_checkpoint(cls, path, device="cpu") -> "LanguageModel":
-        """The model in a checkpoint, or in the newest checkpoint of a run's folder. Raises InputError."""
-        folder = newest_checkpoint(path)
-        about = read_json(folder / "config.json")
-        try:
-            config = Config(**about["config"])
-        except (KeyError, TypeError, InputError) as error:
-            raise InputError(f"{folder / 'config.json'} does not describe a model ({error})") from error
-        weights = load_tensors(folder / "model.pt")
-        differ = f"{folder / 'model.pt'} is of another configuration than config.json beside it"
-        if config.n_layers > len(weights):
-            raise InputError(f"{differ}: {config.n_layers:,} layers do not fit into {len(weights)} tensors")
-        try:
-            with torch.device("meta"):          # takes no memory: a config may claim any size
-                expected = cls(config).state_dict()
-        except RuntimeError as error:           # of more than 2^63 numbers
-            raise InputError(f"{folder / 'config.json'} does not describe a model ({error})") from error
-        check_tensors(weights, expected, differ)
-        model = cls(config).to(weights["lm_head.weight"].dtype)
-        ours, theirs = type(model.embed_tokens).__name__, about.get("embedding")
-        if theirs not in (None, ours):
-            raise InputError(f"{folder} was trained with {theirs} in the place of {ours}: load it where leviathan.TokenGenerator "
-                             "is that class")
-        model.load_state_dict(weights)
-        return model.to(device)
+    def decay_groups(self, weight_decay: float) -> list[dict]:
+        """AdamW's groups: matrices decay; norms, codebooks and splines do not [O]."""
+        groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+        for name, p in self.named_parameters():
+            groups[p.ndim < 2 or name.endswith(("codebooks", "splines"))]["params"].append(p)
+        return groups
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Every parameter's start, drawn from a stream of its own by (seed, name): so twins share what they have in common.
+    """Every parameter's start [O], from a random stream of its own by (seed, name): so twins start alike.
 
-        parameter                        mean  standard deviation
-        table, head, q k v gate up        0    0.02
-        o_proj, down_proj                 0    0.02 / sqrt(2 L): the residual stream's scale does not grow with depth
-        norms (weight, bias)             1, 0  0
-        codebooks                         0    0.02, whose scale the LayerNorm removes
-        seed_proj                         0    1 / sqrt(d_seed)
-        splines                           1    0.1, for products of log-standard-deviation 0.85 [R]
-        mode_proj, residual_proj          0    so that embeddings start at 0.02, half of the variance from each;
-                                               paper: 1 / sqrt(fan_in), Flax's default [R]
+        parameter                     standard deviation, around 0
+        table, head, q k v gate up    0.02
+        o_proj, down_proj             0.02 / sqrt(2 L): the residual stream's scale does not grow with depth
+        codebooks                     0.02, whose scale the LayerNorm removes
+        seed_proj                     1 / sqrt(d_seed)
+        splines, which are S - 1      0.1, for products of log-standard-deviation 0.85 [R]
+        mode_proj, residual_proj      so that embeddings start at 0.02, half of the variance from each;
+                                      uncentred: 1 / sqrt(fan_in), Flax's default [R]
+        norms                         none: they start as the identity
     """
     generator = next((m for m in module.modules() if isinstance(m, TokenGenerator)), None)
-    depth = len(getattr(module, "layers", [])) or 1
-    names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: the head's name is last
+    share = 0.02 if generator is None or generator.residual_proj is None else 0.02 * math.sqrt(0.5)
+    deep = 0.02 / math.sqrt(2 * len(getattr(module, "layers", [0])))
+    names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: the head's
     for p, name in names.items():
-        leaf, mean, std = name.removesuffix(".weight").rpartition(".")[2], 0.0, 0.02
-        if leaf in ("o_proj", "down_proj"):
-            std = 0.02 / math.sqrt(2 * depth)
-        elif "norm" in leaf:
-            mean, std = float(not leaf.endswith("bias")), 0.0
-        elif leaf == "splines":
-            mean, std = 1.0, 0.1
-        elif leaf == "seed_proj" or leaf in ("mode_proj", "residual_proj") and generator.config.paper:
-            std = p.shape[-1] ** -0.5
-        elif leaf in ("mode_proj", "residual_proj"):
-            share = math.sqrt(0.5) if generator.residual_proj is not None else 1.0
-            spread = 1.0 if leaf == "mode_proj" else 0.21           # of modes and of sigmoid(N(0, 1)), at the start
-            std = 0.02 * share / (spread * math.sqrt(p.shape[-1]))
-        if not p.is_meta:
-            stream = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name.removeprefix('embed_tokens.')}".encode()))
-            p.data.copy_(torch.empty(p.shape).normal_(mean, std, generator=stream))
+        leaf, flax = name.removesuffix(".weight").rpartition(".")[2], p.shape[-1] ** -0.5
+        std = dict(o_proj=deep, down_proj=deep, splines=0.1, seed_proj=flax, mode_proj=share * flax,
+                   residual_proj=share * flax / 0.21).get(leaf, 0.02)           # 0.21: the spread of ẑ
+        if leaf in ("mode_proj", "residual_proj") and not generator.centred:
+            std = flax
+        if "norm" not in name and not p.is_meta:
+            stream = zlib.crc32(f"{seed} {name.removeprefix('embed_tokens.')}".encode())
+            noise = torch.empty(p.shape, dtype=torch.float32)
+            p.data.copy_(noise.normal_(0, std, generator=torch.Generator().manual_seed(stream)))
 
 
 def isoparametric_depth(config: Config) -> int:
-    """Leviathan's depth at which it is as large as the untied dense twin of `config`, rounded down [P; floor R]."""
+    """Mechanism 3: the depth that makes Leviathan as large as its untied twin, rounded down [P; floor R]."""
     with torch.device("meta"):
-        ours, twin = (LanguageModel(replace(config, model=m)).parameters_by_part() for m in ("leviathan", "dense-untied"))
+        generator = LanguageModel(replace(config, model="leviathan")).parameters_by_part()["embedding"]
         block = sum(p.numel() for p in Block(config).parameters())
-    return config.n_layers + max(0, twin["table"] - ours["generator"]) // block
+    return config.n_layers + max(0, config.vocab_size * config.d_model - generator) // block
+
+
+# ---- the loss, whose logits are the largest thing in a training step [O] -------------------------------
+
+LOGITS_AT_ONCE = {"cpu": 2**25, "other": 2**28}     # 128 MB of float32 on a CPU, 1 GB elsewhere
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of `hidden @ weight.T`, of which only a chunk of rows ever exists.
+
+    The loss is a sum over tokens, so gradients are formed at once, while a chunk's logits are at hand.
+    Products are in autocast's dtype; softmax, loss and the weight's gradient are float32 at least.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):                                  # (N, D), (V, D), (N)
+        kind, V = hidden.device.type, len(weight)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        chunk = max(1, LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["other"]) // V)
+        block = 8 if kind == "cpu" else chunk                                   # rows that fit a CPU's cache
+        w, loss = weight.to(dtype), torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        buffer = w.new_empty(min(chunk, len(hidden)), V)                        # once: memory is slow to come
+        for start in range(0, len(hidden), chunk):
+            x, target = hidden[start:start + chunk].to(dtype), targets[start:start + chunk].unsqueeze(1)
+            logits = torch.mm(x, w.T, out=buffer[:len(x)])                      # (chunk, V)
+            for rows, own in zip(logits.split(block), target.split(block)):
+                log_p = rows.to(wide).log_softmax(1)
+                loss -= log_p.gather(1, own).sum()
+                rows.copy_(log_p.exp_().scatter_add_(1, own, log_p.new_full(own.shape, -1)))
+            if any(ctx.needs_input_grad):       # where logits stood, their gradient stands now
+                grad_hidden[start:start + chunk] = logits @ w
+                grad_weight.addmm_(logits.T, x) if dtype == wide else grad_weight.add_(logits.T @ x)
+        ctx.grads = grad_hidden, grad_weight
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if ctx.grads is None or torch.is_grad_enabled():    # they are scaled in place, and have no graph
+            raise RuntimeError("linear_cross_entropy goes backward once, and not with create_graph=True")
+        grads, ctx.grads = ctx.grads, None
+        return *(grad.mul_((grad_loss / len(grads[0])).to(grad.dtype)) for grad in grads), None
+
+
+@torch.compiler.disable      # the one graph break of a training step: there is nothing to fuse across it
+def linear_cross_entropy(hidden, weight, targets):
+    """Mean of -log softmax(hidden @ weight.T)[target]. (..., D), (V, D), (...) -> scalar, float32 at least"""
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden states {tuple(hidden.shape)}")
+    return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+
+
+# ---- checkpoints, which train.py writes -----------------------------------------------------------------
+
+def newest_checkpoint(path) -> Path:
+    """The folder if it is a checkpoint, else the newest step-00000042 in it. Raises ValueError if none is."""
+    newest = max(Path(path).glob("step-" + 8 * "[0-9]"), default=Path(path))    # other names are a user's
+    if not (newest / "model.pt").exists():
+        raise ValueError(f"no checkpoint in {path}: name a folder that train.py has written")
+    return newest
+
+
+def load_tensors(path):
+    """What torch.save wrote, without running code from it. Raises ValueError where a checksum differs."""
+    try:
+        if damaged := zipfile.ZipFile(path).testzip():                          # torch looks at no checksum
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                                  # of any type, says torch
+        raise ValueError(f"{path} is missing or damaged ({error}): take another checkpoint") from error
+
+
+def load(path, device="cpu") -> LanguageModel:
+    """The model of a checkpoint, or of the newest checkpoint in a run's folder. Raises ValueError."""
+    folder = newest_checkpoint(path)
+    weights = load_tensors(folder / "model.pt")
+    try:
+        config = Config(**json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
+        config.n_layers = min(config.n_layers, len(weights))                # a file may claim any size, ...
+        with torch.device("meta"):                                          # ... which takes no memory here
+            model = LanguageModel(config)
+        model.load_state_dict(weights, assign=True)
+    except Exception as error:                                              # of JSON, of Config, of shapes
+        raise ValueError(f"{folder} does not hold a whole model ({error})") from error
+    model.tie()
+    return model.to(device)

@@ -1,385 +1,652 @@
-"""Text to binary token shards, on all cores. What is written, and how it is read, stands in shards.py.
+"""Text to shards of tokens, and back.
 
-    python prepare_pile.py                                          # this Python's standard library -> data/stdlib
-    python prepare_pile.py --pile 0                                 # one shard of the Pile -> data/pile
+    python prepare_pile.py                                # this Python's standard library -> data/stdlib
+    python prepare_pile.py --pile 0                       # one shard of the Pile, 11 GB -> data/pile
     python prepare_pile.py --input texts/ more.jsonl.zst --encoding o200k_base --out data/mine
-    python prepare_pile.py --verify data/mine                       # is every byte what it was?
+    python prepare_pile.py --verify data/mine             # is every byte what it was?
 
-One process reads and writes, in order; a pool tokenises megabytes of lines. All is written into OUT.partial, which becomes
-OUT when it is whole. Every few seconds the shards are flushed and `progress.npz` says how far they reach: the same command
-after a crash cuts them to that length and goes on, so that the result is the same, byte for byte.
+A prepared folder holds `meta.json` (tokenizer, totals, checksums), `counts.npy` (how often each id stands in
+the training split) and for each split shards, cut between documents:
+
+    train-00000.bin   llm.c's format: 256 little-endian int32 (20240801, 7, number of tokens, zeros), then the
+                      tokens as uint32; `<|endoftext|>` stands before each document
+    train-00000.idx   pairs of uint32: where a document starts, and its domain, a place in meta.json's list
+
+One thread reads and parses, the others tokenise: it keeps about ten cores busy; with more, prepare shards of
+the Pile side by side. A part of 100 M tokens stays in memory until it is whole; then it is written, and
+meta.json says how far the sources are read. So a run may end at any moment: the same command goes on.
 """
 import argparse
+import base64
 import hashlib
+import io
 import json
-import multiprocessing
 import os
-import shutil
+import re
 import signal
-import threading
-import time
+import sys
+import sysconfig
+import zlib
+from array import array
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from multiprocessing.connection import wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
-import filelock
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from common import InputError, command_line, written_whole
-from documents import (
-    Chunk,
-    Position,
-    bytes_of,
-    chunks,
-    documents,
-    download_pile,
-    find_files,
-    parse_chunk,
-    pile_shards,
-    refuse,
-    stdlib_files,
-)
-from shards import MOST_DOMAINS, OTHER, SPLITS, TOKEN, Split, read_meta, verify
-from tokenizer import END_OF_TEXT, cut_runs, fingerprint, get_encoding, tokenizer_from_json, tokenizer_to_json, train_tokenizer
+END_OF_TEXT = "<|endoftext|>"
+SPLITS = ("train", "val")
+PART_TOKENS = 100_000_000       # of a split, in memory and in a shard; a longer document has its own
+HEADER = [20240801, 7]          # magic number and version, before the number of tokens
+BLOCK = 2**20                   # bytes or tokens read at once
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-STDLIB_VOCABULARY = 8_192
-AHEAD = 16                      # chunks for each worker, so that none waits while files are flushed
-SAVE_SECONDS = 5                # of work are lost in a crash
-LISTED = 1_000                  # bad lines that meta.json lists; all are counted
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenising, in a pool of processes.
-
-class Encoded(NamedTuple):
-    """The documents of a chunk, one after the other."""
-    tokens: np.ndarray          # uint32, with <|endoftext|> before each document
-    lengths: np.ndarray         # of the documents, in tokens
-    sizes: np.ndarray           # ... in bytes of UTF-8
-    hashes: np.ndarray          # ... of the text, 64 bits
-    domains: list[str]
-    bad: list[tuple[str, str]]
-    end: Position
-
-
-def hash_of(text: str) -> int:
-    """64 bits of its SHA-256, by which a document is chosen for validation: so exact duplicates stay on one side."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def start_worker(encoding: tiktoken.Encoding):
-    """In each process of the pool: take what all chunks need, leave Ctrl-C to the parent, and end when it ends."""
-    global shared
-    shared = encoding
-    if parent := multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=lambda: wait([parent.sentinel]) and os._exit(1), daemon=True).start()
-
-
-def encode(chunk: Chunk) -> Encoded:
-    """Parse and tokenise. A literal <|endoftext|> in a text is text."""
-    encoding = shared
-    end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)], dtype=TOKEN)
-    parts, lengths, sizes, hashes, domains, bad = [], [], [], [], [], []
-    for text, domain in parse_chunk(chunk, bad):
-        own = [end_of_text, *(encoding.encode_to_numpy(part, disallowed_special=()) for part in cut_runs(text))]
-        parts += own
-        lengths.append(sum(map(len, own)))
-        sizes.append(bytes_of(text))
-        hashes.append(hash_of(text))
-        domains.append(domain)
-    tokens = np.concatenate(parts, dtype=TOKEN) if parts else np.zeros(0, TOKEN)
-    return Encoded(tokens, np.array(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64),
-                   np.array(hashes, dtype=np.uint64), domains, bad, chunk.end)
-
-
-def in_order(chunks, encoding: tiktoken.Encoding, workers: int):
-    """encode() of each chunk, in order, by processes that are never far ahead; 1: by this one."""
-    if workers == 1:
-        start_worker(encoding)
-        yield from map(encode, chunks)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (encoding,))
-    ahead = deque()
-    try:
-        for chunk in chunks:
-            ahead.append(pool.submit(encode, chunk))
-            if len(ahead) > AHEAD * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    except BrokenProcessPool as error:
-        raise InputError("a worker was killed, perhaps for want of memory: lower --workers; the same command goes on") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder that is being written.
 
 @contextmanager
-def sole_writer(out: Path):
-    """Raises InputError while another process prepares the same folder."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{out}.lock", timeout=0)
+def naming(what):
+    """Whatever goes wrong within, as a ValueError that says with what."""
     try:
-        lock.acquire()
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} is missing, damaged or other data ({error}): prepare it again") from error
+
+
+# ---- Tokenizers: any of tiktoken's by name, or one trained here, whose tokens travel in JSON. --------------
+
+MOST_IDS = 2**24
+LONGEST_RUN = 100_000           # characters; tiktoken panics at a million spaces
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
+           r"\s+(?!\S)|\s+")    # rustbpe's own, after GPT-4's
+
+
+def own_encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if len(ranks) < len(tokens) or not {bytes([i]) for i in range(256)} <= ranks.keys():
+        raise ValueError("tokens twice, or bytes without one")      # tiktoken would panic
+    special = {END_OF_TEXT: len(ranks)}
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def train_tokenizer(texts, vocab_size: int, name: str) -> tiktoken.Encoding:
+    """A byte-pair encoding of `vocab_size` ids, the last <|endoftext|>, trained on an iterator of texts."""
+    import rustbpe  # here, since only preparation needs it
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(texts, vocab_size=vocab_size - 1)
+    return own_encoding(name, [bytes(token) for token, _ in trainer.get_mergeable_ranks()])
+
+
+def get_encoding(name: str) -> tiktoken.Encoding:
+    """tiktoken's encoding of that name. Raises ValueError."""
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise ValueError(f"unknown encoding {name!r}: choose from {', '.join(known)}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:      # requests' errors, whose package we do not import
+        raise ValueError(f"tiktoken could not load {name} ({type(error).__name__}): it downloads it once; "
+                         "without internet, point TIKTOKEN_CACHE_DIR at a folder that holds it") from error
+
+
+@lru_cache(maxsize=8)
+def fingerprint(encoding: tiktoken.Encoding) -> str:
+    """SHA-256 of all that decides how text is split: pattern, ranks and special tokens."""
+    ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
+    decisive = [encoding._pat_str, ranks, sorted(encoding._special_tokens.items())]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def tokenizer_to_json(encoding: tiktoken.Encoding) -> dict:
+    """Name, size and fingerprint; with pattern and tokens in order where tiktoken does not know the name."""
+    known = dict(name=encoding.name, vocab_size=encoding.n_vocab, fingerprint=fingerprint(encoding))
+    if encoding.name in tiktoken.list_encoding_names():
+        return known
+    ordered = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    tokens = [base64.b64encode(token).decode() for token in ordered]
+    return known | dict(pattern=encoding._pat_str, tokens=tokens)
+
+
+def tokenizer_from_json(known: dict) -> tiktoken.Encoding:
+    """The encoding that tokenizer_to_json described. Raises ValueError if it is not the same any more."""
+    encoding = None if "tokens" in known else get_encoding(known.get("name"))
+    with naming("the tokenizer's description"):
+        if not encoding:
+            if known["pattern"] != PATTERN:         # one that is made to, can take for ever
+                raise ValueError("an unknown pattern")
+            tokens = [base64.b64decode(token, validate=True) for token in known["tokens"]]
+            encoding = own_encoding(known["name"], tokens)
+        if (fingerprint(encoding), encoding.n_vocab) != (known["fingerprint"], known["vocab_size"]):
+            raise ValueError(f"the fingerprint or size of {known['name']} differs")
+    return encoding
+
+
+def cut_runs(text: str) -> list[str]:
+    """The text, cut so that no run of whitespace, nor without it, is longer than twice LONGEST_RUN.
+
+    tiktoken takes ever more memory for such a run, or panics. Other texts stay whole, with its exact tokens.
+    """
+    def is_run(part):
+        return len(part) == LONGEST_RUN and (part.isspace() or part.split(None, 1) == [part])
+    cuts = [i for i in range(LONGEST_RUN, len(text), LONGEST_RUN) if is_run(text[i:i + LONGEST_RUN])]
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, None])]
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """Its tokens; a literal <|endoftext|> is text."""
+    return [token for part in cut_runs(text) for token in encoding.encode_ordinary(part)]
+
+
+@lru_cache(maxsize=8)
+def token_bytes(encoding: tiktoken.Encoding) -> list[bytes]:
+    """What each id spells: nothing for special tokens, and for ids that no token has."""
+    spelling = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+    return [spelling.get(i, b"") for i in range(encoding.n_vocab)]
+
+
+# ---- Sources: which files there are, and the documents in them. Memory is bounded, whatever a file says. ---
+
+PILE = dict(repo_id="monology/pile-uncopyrighted", repo_type="dataset",
+            revision="3be90335b66f24456a5d6659d9c8d208c0357119")
+LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".json")     # of JSON, each with a "text"
+TEXT = (".txt", ".md", ".rst", ".py")                           # one document a file
+LONGEST_DOCUMENT = 2**27        # bytes of a line or a text file, which must be held in memory as a whole
+COMPRESSED = 2**12              # bytes decompressed at once: zstd makes at most 2^15 times as much of it
+
+
+def stdlib_files() -> list[Path]:
+    """The sources of this Python's standard library, without tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return [path for path in sorted(root.rglob("*.py")) if not skip & {*path.relative_to(root).parts}]
+
+
+def download_pile(shards: list[int]) -> list[Path]:
+    """The Pile's validation file and these shards, from Hugging Face or its cache."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ValueError("--pile needs huggingface_hub: pip install huggingface_hub") from error
+    files = []
+    for name in ("val.jsonl.zst", *(f"train/{n:02d}.jsonl.zst" for n in shards)):
+        try:
+            files.append(Path(hf_hub_download(filename=name, **PILE)))
+        except Exception as error:      # of httpx, of huggingface_hub, OSError
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"could not download {name} of {PILE['repo_id']} ({reason}): try again, what "
+                             "has come is kept") from error
+    return files
+
+
+def format_of(path: Path, format: str | None = None) -> str | None:
+    """"jsonl" or "text", by the suffix before .gz or .zst, in any case; None: unknown."""
+    suffix = Path(re.sub(r"\.(gz|zst)$", "", path.name.lower())).suffix
+    return format or ("jsonl" if suffix in LINES else "text" if suffix in TEXT else None)
+
+
+def find_files(names: list[str], format: str | None = None) -> list[Path]:
+    """Files as they are, and of folders those that are not hidden, of a known format and no meta.json."""
+    files = []
+    for path in map(Path, names):
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        found = [p for p in inside if format_of(p, format) and p.name != "meta.json"
+                 and not any(part.startswith(".") for part in p.relative_to(path).parts)] or [path]
+        if not found[0].is_file():
+            raise ValueError(f"{path} is no file, nor a folder with text in it: check --input and --val")
+        if left := sorted({*inside} - {*found}):
+            print(f"{path}: {len(left):,} files left out, hidden or of unknown format, as {left[0].name}")
+        files += found
+    return files
+
+
+def blocks(path: Path, on_read):
+    """The bytes of a file; of a compressed one all its members or frames, and the last one whole."""
+    import zstandard  # here, since only preparation needs it
+    suffix, size, decompressor = path.suffix.lower(), 0, None
+    start = {".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+             ".gz": lambda: zlib.decompressobj(wbits=31)}.get(suffix)
+    with open(path, "rb") as file:
+        while block := file.read(COMPRESSED if start else BLOCK):
+            size += len(block)
+            on_read(len(block))
+            while start and block:
+                decompressor = decompressor or start()
+                try:
+                    yield decompressor.decompress(block)
+                except (zlib.error, zstandard.ZstdError) as error:
+                    raise ValueError(f"{path} is not valid {suffix} ({error}): fetch it again") from error
+                block, decompressor = decompressor.unused_data, None if decompressor.eof else decompressor
+            yield block
+    if decompressor or start and not size:
+        raise ValueError(f"{path} is {'cut short' if size else 'empty'}: fetch it again")
+
+
+def pieces(path: Path, format: str, on_read):
+    """Yields lines, which end at \\n alone, as text may hold U+2028 and U+0085; or the whole."""
+    piece, number = bytearray(), 1
+    for block in blocks(path, on_read):
+        for part in io.BytesIO(block) if format == "jsonl" else [block]:
+            piece += part
+            if len(piece) > LONGEST_DOCUMENT:
+                raise ValueError(f"{path}:{number}: more than {LONGEST_DOCUMENT >> 20} MB: cut it in pieces")
+            if format == "jsonl" and part.endswith(b"\n"):
+                yield piece
+                piece, number = bytearray(), number + 1
+    yield piece
+
+
+def parse(line: bytearray) -> tuple[str, str]:
+    """Text and domain (`pile_set_name`) of a line of JSON. Raises ValueError."""
+    document = json.loads(line)
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        raise ValueError('not a JSON object with a string "text"')
+    document["text"].encode()       # raises for half a surrogate pair, which JSON may hold
+    about = document.get("meta")
+    domain = about.get("pile_set_name") if isinstance(about, dict) else None
+    domain = domain[:100] if isinstance(domain, str) else "(none)"
+    return document["text"], domain.encode(errors="replace").decode()
+
+
+def documents(path, format: str | None = None, skip_bad: bool = False, on_read=lambda n: None):
+    """Yields (text, domain) of each document. Raises ValueError with file and line of what cannot be read.
+
+    skip_bad: yields (None, where and why) in its place.
+    """
+    path = Path(path)
+    if not (format := format_of(path, format)):
+        raise ValueError(f"{path} is of an unknown format: say --format jsonl or --format text")
+    for number, piece in enumerate(pieces(path, format, on_read), start=1):
+        try:
+            if format == "text":
+                yield piece.decode("utf-8-sig"), "(none)"
+            elif piece.strip():
+                yield parse(piece)
+        except (ValueError, RecursionError) as error:
+            bad = f"{path}:{number}: {error}"
+            if not skip_bad:
+                raise ValueError(f"{bad}: mend it, or leave out such lines with --skip-bad") from error
+            yield None, bad
+
+
+# ---- The writer. -------------------------------------------------------------------------------------------
+
+AHEAD = 2**23                   # characters for each thread, so that none waits while a part is written
+MOST_DOMAINS = 256              # the last is "(other)"
+
+
+@contextmanager
+def written_whole(path: Path):
+    """A temporary path to write to. It takes the name `path` once it is whole and on the disk."""
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_writer(folder: Path):
+    """Raises ValueError while another process writes to the folder. The file .lock stays; it does no harm."""
+    import filelock  # here, since readers do without it
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
     except filelock.Timeout as error:
-        raise InputError(f"another run is writing {out} just now: wait for it, or choose another --out") from error
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} exists already: remove it or choose another --out")
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        raise ValueError(f"another run is writing {folder} just now: wait, or use another --out") from error
 
 
-@contextmanager
-def clear_errors(partial: Path):
-    """What the system refuses, such as room on the disk or permission, as an InputError that says what is left."""
-    try:
-        yield
-    except OSError as error:
-        left = f": {partial} holds what is done; once that is mended, the same command goes on" if partial.exists() else ""
-        raise InputError(f"{error}{left}") from error
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Unfinished:
-    """OUT.partial: both splits, and how far the sources are read. What `save` wrote, the next run goes on from."""
-    def __init__(self, folder: Path, request: dict, choose_encoding):
-        self.folder, self.request, self.file, self.splits = folder, request, folder / "progress.npz", []
+    """A folder that is being written: meta.json, and the part of both splits that it does not count yet."""
+    def __init__(self, folder: Path, request: dict):
+        self.folder, self.file, self.meta = folder, folder / "meta.json", None
+        self.tokens, self.index = ({split: array("I") for split in SPLITS} for _ in range(2))
         if self.file.exists():
-            self.restore()
+            with naming(self.file):
+                meta = json.loads(self.file.read_text(encoding="utf-8"))
+                changed = [key for key in request if request[key] != meta["request"][key]]
+                begun = meta["position"] != [0, 0]      # else nobody's work is lost by another command
+            if changed and begun:
+                raise ValueError(f"{folder} was begun by another command or from other files ({changed[0]} "
+                                 "differ): repeat that, remove the folder, or choose another --out")
+            self.meta = None if changed else meta
+        elif others := {*os.listdir(folder)} - {".lock", "meta.json.tmp", "lost+found"}:
+            raise ValueError(f"{folder} holds something else ({min(others)}): choose another --out")
+
+    def begin(self, request: dict, encoding: tiktoken.Encoding):
+        self.meta = dict(finished=False, request=request, tokenizer=tokenizer_to_json(encoding),
+                         end_of_text=encoding.encode_single_token(END_OF_TEXT), domains=[],
+                         skipped=dict(lines=0, first=None),
+                         **{split: dict(domains={}, shards=[]) for split in SPLITS})
+        self.save([0, 0])
+
+    def add(self, position: list[int], split: str | None, tokens: bytes, n_bytes: int, domain: str):
+        """Count in the document at this position; split None: one that could not be read, `domain` says why.
+
+        Where the part has no room for it, that is written before.
+        """
+        n, domains, skipped = len(tokens) // 4, self.meta["domains"], self.meta["skipped"]
+        if not split:
+            skipped.update(lines=skipped["lines"] + 1, first=skipped["first"] or domain)
             return
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} holds files but no progress.npz: remove it, or choose another --out")
-        folder.mkdir(exist_ok=True)
-        self.use(choose_encoding())
-        self.position, self.sources, self.domains, self.bad, self.n_bad = Position(), [], [], [], 0
-        self.validation, self.overlap = np.zeros(0, np.uint64), 0       # hashes of --val's documents; those seen in training too
-        self.save()
+        if 0 < len(self.tokens[split]) > PART_TOKENS - n:
+            self.save(position)
+        if domain not in domains:
+            domain = domain if len(domains) < MOST_DOMAINS - 1 else "(other)"
+            domains += [domain] if domain not in domains else []
+        self.index[split].extend((len(self.tokens[split]), domains.index(domain)))
+        self.tokens[split].frombytes(tokens)
+        totals = self.meta[split]["domains"].setdefault(domain, dict(documents=0, bytes=0, tokens=0))
+        for key, more in (("documents", 1), ("bytes", n_bytes), ("tokens", n)):
+            totals[key] += more
 
-    def use(self, encoding: tiktoken.Encoding):
-        self.encoding, self.tokenizer = encoding, tokenizer_to_json(encoding)
-        self.splits = [Split(self.folder, name, encoding.n_vocab) for name in SPLITS]
+    def save(self, position: list[int]):
+        """Write the part, then meta.json, which counts it: the sources are read up to (source, document)."""
+        for split in SPLITS:
+            about, n = self.meta[split], len(self.tokens[split])
+            if n:
+                path = self.folder / f"{split}-{len(about['shards']):05d}.bin"
+                about["shards"].append(dict(
+                    file=path.name, tokens=n,
+                    sha256=self.write(path, array("i", [*HEADER, n, *[0] * 253]), self.tokens[split]),
+                    index_sha256=self.write(path.with_suffix(".idx"), self.index[split])))
+                self.tokens[split], self.index[split] = array("I"), array("I")
+            about |= {key: sum(totals[key] for totals in about["domains"].values())
+                      for key in ("documents", "bytes", "tokens")}
+        self.meta["position"] = position
+        self.write(self.file, json.dumps(self.meta, indent=1).encode())
 
-    def save(self):
-        """Flush the shards, then say so."""
-        for split in self.splits:
-            split.flush()
-        states = [split.state(len(self.domains)) for split in self.splits]
-        state = dict(request=self.request, tokenizer=self.tokenizer, position=self.position, sources=self.sources,
-                     domains=self.domains, bad=self.bad, n_bad=self.n_bad, overlap=self.overlap,
-                     splits=[about for about, _ in states])
-        with written_whole(self.file) as path, open(path, "wb") as file:
-            np.savez(file, state=json.dumps(state), validation=self.validation,
-                     **{name: array for _, arrays in states for name, array in arrays.items()})
-        self.saved = time.monotonic()
+    def write(self, path: Path, *contents) -> str:
+        """-> its SHA-256"""
+        with written_whole(path) as partial, open(partial, "wb") as file:
+            for content in contents:
+                file.write(content)
+        return sha256(path)
 
-    def restore(self):
-        try:
-            with np.load(self.file, allow_pickle=False) as arrays:
-                state = json.loads(arrays["state"].item())
-                changed = [key for key in self.request if self.request[key] != state["request"].get(key)]
-                if changed:
-                    raise InputError(f"{self.folder} was begun by another command (its {changed[0]} differed): repeat that, or "
-                                     "remove the folder, or choose another --out")
-                self.use(tokenizer_from_json(state["tokenizer"]))
-                self.position, self.sources, self.domains = Position(*state["position"]), state["sources"], state["domains"]
-                self.bad, self.n_bad, self.overlap = state["bad"], state["n_bad"], state["overlap"]
-                self.validation = arrays["validation"]
-                for split, about in zip(self.splits, state["splits"]):
-                    split.restore(about, arrays)
-        except Exception as error:      # numpy raises anything from BadZipFile to tokenize.TokenError
-            self.close()
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.file} is damaged ({error!r}): remove {self.folder} to start over") from error
-        self.saved = time.monotonic()
-
-    def add(self, encoded: Encoded, in_validation: bool, one_in: int | None):
-        """Write a chunk's documents to their splits: all to validation, or one in so many; None: all to training."""
-        for name in dict.fromkeys(encoded.domains):
-            if name not in self.domains and len(self.domains) < MOST_DOMAINS:
-                self.domains.append(name if len(self.domains) < MOST_DOMAINS - 1 else OTHER)
-        number = {name: i for i, name in enumerate(self.domains)}
-        domains = np.array([number.get(name, MOST_DOMAINS - 1) for name in encoded.domains], dtype=np.int64)
-        chosen = np.full(len(domains), in_validation) if one_in is None else encoded.hashes % np.uint64(one_in) == 0
-        if in_validation:
-            self.validation = np.union1d(self.validation, encoded.hashes[encoded.sizes > 0])
-        elif one_in is None:
-            self.overlap += int(np.isin(encoded.hashes, self.validation).sum())
-        of_token = np.repeat(chosen, encoded.lengths)
-        for split, own, tokens in zip(self.splits, (~chosen, chosen), (encoded.tokens[~of_token], encoded.tokens[of_token])):
-            split.write(tokens, encoded.lengths[own], encoded.sizes[own], domains[own])
-        self.bad += [(Path(place).name, reason) for place, reason in encoded.bad[:LISTED - len(self.bad)]]
-        self.n_bad += len(encoded.bad)
-        self.position = encoded.end
-        self.sources[self.position.source:] = [[self.position.read, self.position.sha256]]
-
-    def close(self):
-        for split in self.splits:
-            split.close()
-
-    def finish(self, names: list[str]):
-        """The last shards, counts.npy and, when all is there, meta.json."""
-        for split in self.splits:
-            split.finish_shard()
-        train, val = self.splits
-        frequency = (train.counts + 1) / (train.counts + 1).sum()       # the add-one unigram model: what to beat
-        np.save(self.folder / "counts.npy", train.counts)
-        meta = dict(tokenizer=self.tokenizer, end_of_text=self.encoding.encode_single_token(END_OF_TEXT),
-                    sources=[dict(file=name, bytes=size, sha256=digest) for name, (size, digest) in zip(names, self.sources)],
-                    skipped=dict(lines=self.n_bad, first=self.bad), overlap=self.overlap, domains=self.domains,
-                    train=train.summary(self.domains), val=val.summary(self.domains),
-                    unigram_val_loss=float(-(val.counts * np.log(frequency)).sum() / val.counts.sum()))
-        with written_whole(self.folder / "meta.json") as path:
-            path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    def finish(self, position: list[int]):
+        """The last part, counts.npy, and the loss of an add-one unigram model, which is to be beaten."""
+        for split in SPLITS:
+            if not self.meta[split]["domains"]:
+                raise ValueError(f"no documents for {split}: give more, or a validation file with --val")
+        self.save(position)
+        train, val = counts = np.zeros((2, self.meta["tokenizer"]["vocab_size"]), dtype=np.int64)
+        for own, split in zip(counts, SPLITS):
+            for shard in self.meta[split]["shards"]:
+                tokens = open_shard(self.folder / shard["file"], shard["tokens"])
+                for i in range(0, len(tokens), BLOCK):
+                    own += np.bincount(tokens[i:i + BLOCK], minlength=len(own))
+        np.save(content := io.BytesIO(), train)
+        digest = self.write(self.folder / "counts.npy", content.getbuffer())
+        loss = -(val * np.log((train + 1) / (train + 1).sum())).sum() / val.sum()
+        self.meta |= dict(finished=True, counts_sha256=digest, unigram_val_loss=float(loss))
+        self.save(position)
 
 
-def prepare(files: list[Path], out: Path, encoding: tiktoken.Encoding | None, val_files: list[Path] = (), holdout: int = 20,
-            workers: int = 1, skip_bad: bool = False) -> dict:
-    """Tokenise `files` into the new folder `out` and return its meta.json; go on where an interrupted run of the same was.
+def in_order(function, items, threads: int):
+    """function(*item) of each, in order, by threads that are never far ahead."""
+    pool, ahead, waiting = ThreadPoolExecutor(threads), deque(), 0
+    try:
+        for item in items:
+            size = 2_000 + len(item[1] or "")       # of its text, and about what waiting takes
+            ahead.append((size, pool.submit(function, *item)))
+            waiting += size
+            while waiting > AHEAD * threads:
+                size, future = ahead.popleft()
+                waiting -= size
+                yield future.result()
+        while ahead:
+            yield ahead.popleft()[1].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
-    Validation is `val_files`, or one document in `holdout`. encoding None: trained on the training documents.
+
+def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(), holdout: int = 20,
+            threads: int = 1, skip_bad: bool = False, vocab_size: int = 32_768,
+            format: str | None = None) -> dict:
+    """Tokenise `files` into the folder `out`; go on where an interrupted run of the same was. -> meta.json
+
+    Validation is `val_files`, or one document in `holdout`. encoding None: byte pairs, `vocab_size` of them,
+    trained on the training documents. Raises ValueError, and OSError where a file or the disk refuses.
     """
-    sources, one_in = [*val_files, *files], None if val_files else holdout         # validation first, to know it in training
-    for file in sources:
-        if not file.is_file():
-            raise InputError(f"{file} is not a file that can be read: check --input and --val")
-    sizes = [file.stat().st_size for file in sources]
-    request = dict(sources=[file.name for file in sources], validation=[len(val_files), one_in],
-                   tokenizer=encoding and fingerprint(encoding))
+    limits = dict(holdout=(holdout, 2), threads=(threads, 1), vocab_size=(vocab_size, 257))
+    for name, (value, least) in limits.items():
+        if not least <= value <= MOST_IDS:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} to {MOST_IDS:,}")
+    sources, folder = [*map(Path, val_files), *map(Path, files)], Path(out)
+    if len({*sources}) < len(sources):
+        twice = next(path for path in sources if sources.count(path) > 1)
+        raise ValueError(f"{twice} is named twice: name each file once, for training or for validation")
+    for path in sources:
+        next(documents(path, format, skip_bad=True), None)  # what cannot be read is refused before any work
+    request = dict(sources=[[path.name, sha256(path)] for path in sources], format=format,
+                   validation=[len(val_files), None if val_files else holdout],
+                   tokenizer=fingerprint(encoding) if encoding else vocab_size)
 
-    def choose_encoding():
-        if encoding is not None:
-            return encoding
-        print(f"training a byte-pair vocabulary of {STDLIB_VOCABULARY:,} on {len(files):,} files")
-        texts = (text for file in files for text in documents(file, skip_bad) if one_in is None or hash_of(text) % one_in)
-        return train_tokenizer(texts, STDLIB_VOCABULARY, f"bpe{STDLIB_VOCABULARY}")
+    def split_of(source: int, text: str) -> str:                # by hash: exact duplicates stay on one side
+        if val_files:
+            return "val" if source < len(val_files) else "train"
+        digest = hashlib.sha256(text.encode()).digest()
+        return "train" if int.from_bytes(digest[:8], "big") % holdout else "val"
 
-    partial = out.with_name(out.name + ".partial")
-    with sole_writer(out), clear_errors(partial):
-        for leftover in partial.glob("*.tmp"):          # of a run that was killed while it saved
-            leftover.unlink()
-        if (partial / "progress.npz").exists() or not (partial / "meta.json").exists():      # else only the renaming is left
-            with closing(Unfinished(partial, request, choose_encoding)) as unfinished:
-                tokenise(unfinished, sources, sizes, len(val_files), one_in, workers, skip_bad)
-                for split in unfinished.splits:
-                    if not split.totals.any():
-                        unfinished.close()
-                        shutil.rmtree(partial)
-                        n = sum(s.totals[:, 0].sum() for s in unfinished.splits)
-                        raise InputError(f"no documents for {split.name} among {n} in all: give more documents, or a validation "
-                                         "file of its own with --val")
-                unfinished.finish(request["sources"])
-        (partial / "progress.npz").unlink(missing_ok=True)
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    meta = read_meta(out)
-    report(meta)
+    def unread(begun: list[int], on_read):
+        for source in range(begun[0], len(sources)):
+            for number, item in enumerate(documents(sources[source], format, skip_bad, on_read)):
+                if [source, number] >= begun:                   # others are read again, but not tokenised
+                    yield [source, number], *item
+
+    def tokenise(position, text, domain):
+        if text is None:
+            return position, None, b"", 0, domain
+        parts = (tokenizer.encode_to_numpy(part, disallowed_special=()) for part in cut_runs(text))
+        return position, split_of(position[0], text), b"".join([start, *parts]), len(text.encode()), domain
+
+    Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)       # of a dangling link, its target
+    with sole_writer(folder):
+        unfinished = Unfinished(folder, request)
+        if not unfinished.meta:
+            texts = (text for i, path in enumerate(sources) for text, _ in documents(path, format, skip_bad)
+                     if text is not None and split_of(i, text) == "train")
+            encoding = encoding or train_tokenizer(texts, vocab_size, f"bpe{vocab_size}")
+            unfinished.begin(request, encoding)
+        meta, tokenizer = unfinished.meta, tokenizer_from_json(unfinished.meta["tokenizer"])
+        start, sizes = np.uint32(meta["end_of_text"]).tobytes(), [path.stat().st_size for path in sources]
+        if not meta["finished"]:
+            done, quiet = sum(sizes[:meta["position"][0]]), bool(os.environ.get("TQDM_DISABLE"))
+            with tqdm(desc=f"tokenising into {folder}", total=sum(sizes), initial=done, unit="B",
+                      unit_scale=True, disable=quiet or None) as bar:
+                for document in in_order(tokenise, unread(meta["position"], bar.update), threads):
+                    unfinished.add(*document)
+            unfinished.finish([len(sources), 0])
+    report(meta := read_meta(folder))
     return meta
-
-
-def tokenise(unfinished: Unfinished, sources: list[Path], sizes: list[int], n_val: int, one_in, workers: int, skip_bad: bool):
-    """All that is left of the sources."""
-    begun = unfinished.position
-    for file, size, (was, _) in zip(sources, sizes, unfinished.sources[:begun.source]):
-        if size != was:
-            raise InputError(f"{file} has changed since it was read: put it back, or remove {unfinished.folder} to start over")
-    left = (chunk for i in range(begun.source, len(sources))
-            for chunk in chunks(sources[i], begun if i == begun.source else Position(source=i)))
-    done = sum(sizes[:begun.source]) + begun.read
-    started, text, tokens = time.monotonic(), 0, 0
-    with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, desc=f"tokenising into {unfinished.folder.stem}",
-              mininterval=0.5) as bar:
-        for encoded in in_order(left, unfinished.encoding, workers):
-            if not skip_bad:
-                refuse(encoded.bad)
-            unfinished.add(encoded, encoded.end.source < n_val, one_in)
-            text, tokens, seconds = text + encoded.sizes.sum(), tokens + len(encoded.tokens), time.monotonic() - started
-            bar.set_postfix_str(f"{text / 1e6 / seconds:.1f} MB/s of text, {tokens / 1e6 / seconds:.2f} M tokens/s", refresh=False)
-            bar.update(sum(sizes[:encoded.end.source]) + encoded.end.read - bar.n)
-            if time.monotonic() - unfinished.saved > SAVE_SECONDS:
-                unfinished.save()
-
-
-def overlap_warning(meta: dict) -> str:
-    return (f"{meta['overlap']:,} of {meta['train']['documents']:,} training documents stand in the validation file too, word for "
-            "word: its loss flatters")
 
 
 def report(meta: dict):
     """The table by domain, and what was left out."""
-    print(f"\n{'':32}{'documents':>14}{'bytes':>20}{'tokens':>18}{'bytes/token':>13}{'distinct ids':>14}")
+    print(f"\n{'':32}{'documents':>14}{'bytes':>20}{'tokens':>18}{'bytes/token':>13}")
     for split in SPLITS:
-        by_domain = meta[split]["domains"]
-        for name, n in [*(by_domain.items() if len(by_domain) > 1 else ()), (f"{split} in all", meta[split])]:
-            print(f"{name:32.32}{n['documents']:>14,}{n['bytes']:>20,}{n['tokens']:>18,}{n['bytes'] / n['tokens']:>13.3f}"
-                  f"{n['distinct_ids']:>14,}")
-    if meta["skipped"]["lines"]:
-        print(f"\nleft out, as they could not be read: {meta['skipped']['lines']:,}")
-        for place, reason in meta["skipped"]["first"][:20]:
-            print(f"    {place}: {reason}")
-    if meta["overlap"]:
-        print(f"\n{overlap_warning(meta)}")
+        for name, n in [*meta[split]["domains"].items(), (f"{split} in all", meta[split])]:
+            print(f"{name:32.32}{n['documents']:>14,}{n['bytes']:>20,}{n['tokens']:>18,}"
+                  f"{n['bytes'] / n['tokens']:>13.3f}")
+    if n := meta["skipped"]["lines"]:
+        print(f"\nleft out, as they could not be read: {n:,}, first {meta['skipped']['first']}")
     print(f"\na unigram model's validation loss: {meta['unigram_val_loss']:.3f} nats per token")
 
 
-def prepare_stdlib(out: Path = Path("data/stdlib")) -> dict:
+def prepare_stdlib(out="data/stdlib", vocab_size: int = 32_768) -> dict:
     """The default data, which every machine has: Python's own standard library."""
-    return prepare(stdlib_files(), out, encoding=None)
+    return prepare(stdlib_files(), out, threads=THREADS, vocab_size=vocab_size)
 
+
+# ---- The reader. -------------------------------------------------------------------------------------------
+
+def read_meta(folder) -> dict:
+    """meta.json of a prepared folder, checked. Raises ValueError."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise ValueError(f"no prepared data in {folder} (no meta.json): prepare_pile.py --out {folder}")
+    with naming(path):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        finished, V = meta.get("finished", True), meta["tokenizer"]["vocab_size"]
+        shards = [shard for split in SPLITS for shard in meta[split]["shards"]]
+        numbers = [(V, MOST_IDS + 1), (meta["end_of_text"], V), *((s["tokens"], 2**63) for s in shards),
+                   *((meta[split][key], 2**63) for split in SPLITS for key in ("documents", "tokens"))]
+        right = [type(number) is int and 0 <= number < limit for number, limit in numbers]
+        right += [re.fullmatch(r"(train|val)-\d+\.bin", shard["file"]) for shard in shards]
+        right += [type(name) is str for name in [*meta["domains"], meta["tokenizer"]["fingerprint"]]]
+        if not all(right) or finished and type(meta["unigram_val_loss"]) is not float:
+            raise ValueError("a field of the wrong kind")
+    if not finished:
+        raise ValueError(f"{folder} is unfinished: the same command goes on")
+    return meta
+
+
+def identity(meta: dict) -> str:
+    """SHA-256 of the tokenizer's fingerprint and all shards' checksums, by which other data is told apart."""
+    shards = [(s.get("sha256"), s.get("index_sha256")) for split in SPLITS for s in meta[split]["shards"]]
+    return hashlib.sha256(json.dumps([meta["tokenizer"]["fingerprint"], shards]).encode()).hexdigest()
+
+
+def read_counts(folder) -> np.ndarray:
+    """How often each id stands in the training split. -> (V) int64. Raises ValueError."""
+    V = read_meta(folder)["tokenizer"]["vocab_size"]
+    with naming(path := Path(folder) / "counts.npy"):
+        counts = np.load(path, mmap_mode="r")           # which takes no more than the file has
+        if counts.shape != (V,) or counts.dtype != np.int64:
+            raise ValueError(f"{counts.dtype} {counts.shape}, expected int64 ({V},)")
+        return np.array(counts)
+
+
+def open_shard(path: Path, tokens: int) -> np.ndarray:
+    """The tokens of a shard, memory-mapped. Raises ValueError for anything but a whole one of so many."""
+    with naming(path):
+        words = np.memmap(path, dtype="<u4", mode="r").view(np.ndarray)
+        if words[:2].tolist() != HEADER:
+            raise ValueError(f"not a token shard: it begins with {words[:2].tolist()}, expected {HEADER}")
+        if not words[2] == tokens == len(words) - 256:
+            raise ValueError(f"{len(words) - 256:,} tokens, {words[2]:,} in its header, expected {tokens:,}")
+        return words[256:]
+
+
+def read_index(path: Path, tokens: int, domains: int) -> np.ndarray:
+    """"start" and "domain" of each document in a shard of so many tokens. Raises ValueError."""
+    with naming(path):
+        index = np.fromfile(path, dtype=np.uint8).view([("start", "<u4"), ("domain", "<u4")])
+        starts, largest = index["start"].astype(np.int64), index["domain"].max()
+        if starts[0] or (np.diff(starts) <= 0).any() or starts[-1] >= tokens or largest >= domains:
+            raise ValueError(f"no index of {tokens:,} tokens from {domains} domains")
+        return index
+
+
+def verify(folder) -> dict:
+    """Read every byte of a prepared folder. -> meta.json. Raises ValueError where one is not what it was."""
+    folder, meta = Path(folder), read_meta(folder)
+    written = [("counts.npy", meta.get("counts_sha256"))]
+    for shard in (shard for split in SPLITS for shard in meta[split]["shards"]):
+        index = Path(shard["file"]).with_suffix(".idx")
+        written += [(shard["file"], shard.get("sha256")), (index, shard.get("index_sha256"))]
+    for name, digest in written:
+        with naming(folder / name):
+            if sha256(folder / name) != digest:
+                raise ValueError("not what was written: its SHA-256 differs")
+    return meta
+
+
+class Windows:
+    """One split of a prepared folder as windows of seq_len + 1 tokens, which start at multiples of seq_len.
+
+    Windows cross documents, not shards; the tail of a shard that fills no window is dropped.
+    """
+    def __init__(self, folder, split: str, seq_len: int):
+        self.meta = read_meta(folder)
+        self.seq_len, self.vocab_size = seq_len, self.meta["tokenizer"]["vocab_size"]
+        with suppress(ImportError, ValueError, OSError):    # each memory map is an open file: raise the limit
+            import resource
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        listed = self.meta[split]["shards"]
+        self.paths = [Path(folder) / shard["file"] for shard in listed]
+        self.shards = [open_shard(path, shard["tokens"]) for path, shard in zip(self.paths, listed)]
+        self.ends = np.cumsum([0, *(max(0, len(shard) - 1) // seq_len for shard in self.shards)])
+        if not len(self):
+            raise ValueError(f"the {split} split of {folder} is shorter than one window of {seq_len + 1} "
+                             "tokens: lower --seq-len or prepare more text")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Window i in file order. -> (seq_len + 1) int64"""
+        shard = int(np.searchsorted(self.ends, i, side="right")) - 1
+        start = (i - int(self.ends[shard])) * self.seq_len
+        return self.tokens(shard, start, start + self.seq_len + 1)
+
+    def tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Part of a shard. -> (stop - start) int64. Raises ValueError for ids beyond the vocabulary."""
+        tokens = self.shards[shard][start:stop].astype(np.int64)
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise ValueError(f"{self.paths[shard]} holds the id {tokens.max()}, but the vocabulary has "
+                             f"{self.vocab_size:,}: it is of another tokenizer; prepare the data again")
+        return tokens
+
+
+# ---- The commands. -----------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description="Text to binary token shards. Without --input or --pile: this Python's standard "
-                                     "library. An interrupted run goes on by the same command.", allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group()
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description=__doc__)
+    source, option = parser.add_mutually_exclusive_group(), parser.add_argument
     source.add_argument("--input", nargs="+", metavar="FILE",
-                        help="files, folders or patterns: text (.txt ...) or JSON lines with a \"text\" (.jsonl), plain or .zst")
-    source.add_argument("--pile", metavar="SHARDS",
-                        help="download the Pile (uncopyrighted): 0, 0-3, 1,5 or all of 30 shards of 11 GB, and its validation file")
-    source.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder from end to end")
-    parser.add_argument("--val", nargs="+", default=[], metavar="FILE",
-                        help="files for validation [the Pile's own, or documents chosen by a hash of their text]")
-    parser.add_argument("--holdout", type=int, default=20, metavar="N",
-                        help="without --val, one document in N is for validation [%(default)s]")
-    parser.add_argument("--encoding", help="a tiktoken encoding [o200k_base for the Pile, else a byte-pair vocabulary of "
-                        f"{STDLIB_VOCABULARY:,} trained on the input]")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder [data/pile or data/stdlib]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
-                        help="processes that tokenise [%(default)s]")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and count and list them")
+                        help=f"files or folders ({' '.join(LINES + TEXT)}, plain, .gz or .zst)")
+    source.add_argument("--pile", nargs="+", type=int, choices=range(30), metavar="N",
+                        help="download these of the Pile's 30 shards (uncopyrighted) and its validation file")
+    source.add_argument("--verify", type=Path, metavar="DIR", help="check every byte of a prepared folder")
+    option("--format", choices=("jsonl", "text"), help='lines of JSON with a "text", or one document a file')
+    option("--val", nargs="+", default=[], metavar="FILE", help="for validation [the Pile's, or --holdout]")
+    option("--holdout", type=int, default=20, metavar="N", help="or one document in N, by hash [%(default)s]")
+    option("--encoding", help="one of tiktoken's [o200k_base for the Pile, else one trained on the input]")
+    option("--vocab-size", type=int, metavar="N", help="of the encoding that is trained [32768]")
+    option("--out", type=Path, metavar="DIR", help="[data/pile or data/stdlib]")
+    option("--threads", type=int, default=THREADS, metavar="N", help="that tokenise [%(default)s]")
+    option("--skip-bad", action="store_true", help="leave out lines that cannot be read, and count them")
     args = parser.parse_args()
-    for name, least in (("holdout", 2), ("workers", 1)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: it must be at least {least}")
     if args.verify:
-        meta = verify(args.verify)
-        print(f"{args.verify} is whole: {sum(len(meta[split]['shards']) for split in SPLITS):,} shards, "
-              f"{sum(meta[split]['tokens'] for split in SPLITS):,} tokens")
+        tokens = sum(verify(args.verify)[split]["tokens"] for split in SPLITS)
+        print(f"{args.verify} is whole: {tokens:,} tokens")
         return
-    name = args.encoding or ("o200k_base" if args.pile else None)
-    encoding = get_encoding(name) if name else None
-    val_files = find_files(args.val)
-    if args.pile:
-        files, pile_val = download_pile(pile_shards(args.pile))
-        val_files = val_files or pile_val
-    else:
-        files = find_files(args.input) if args.input else stdlib_files()
+    if args.vocab_size is not None and (args.encoding or args.pile):
+        raise ValueError("--vocab-size is for a vocabulary trained here: without --encoding and --pile")
     if args.input and not args.out:
-        raise InputError("--input needs --out: name a new folder, such as data/mine")
-    prepare(files, args.out or Path("data/pile" if args.pile else "data/stdlib"), encoding, val_files, args.holdout, args.workers,
-            args.skip_bad)
+        raise ValueError("--input needs --out: name a folder, such as data/mine")
+    val_files, name = find_files(args.val, args.format), args.encoding or args.pile and "o200k_base"
+    encoding = get_encoding(name) if name else None
+    if args.pile:
+        pile_val, *files = download_pile(args.pile)
+        val_files = val_files or [pile_val]
+    else:
+        files = find_files(args.input, args.format) if args.input else stdlib_files()
+    vocab_size = 32_768 if args.vocab_size is None else args.vocab_size
+    prepare(files, args.out or Path("data/pile" if args.pile else "data/stdlib"), encoding, val_files,
+            args.holdout, args.threads, args.skip_bad, vocab_size, args.format)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once: any moment will do
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"prepare_pile.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare_pile.py: {error}: once that is mended, the same command goes on")

@@ -1,66 +1,75 @@
-"""picture.py, on models that have learned nothing."""
+"""lab.picture, on models that have learned nothing."""
 import json
 import sys
 from pathlib import Path
 
+import matplotlib.image
+import numpy as np
 import pytest
-import torch
 
 import leviathan
-import picture
-from checkpoints import save_checkpoint
-from common import InputError, read_json
-from leviathan import Config, LanguageModel
+from lab import picture
+from leviathan import Config
 from prepare_pile import prepare
-from tokenizer import train_tokenizer
 
-SHAPE = dict(vocab_size=1_000, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=64, mode_width=4)
+TINY = dict(vocab_size=1_000, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=64, mode_width=4)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """This project's method, in tokens some of which are words."""
-    folder = tmp_path_factory.mktemp("data")
-    text = Path(leviathan.__file__).read_text(encoding="utf-8")
-    (folder / "code.jsonl").write_text("\n".join(json.dumps({"text": part}) for part in text.split("\n\n")), encoding="utf-8")
-    prepare([folder / "code.jsonl"], folder / "shards", train_tokenizer(iter([text]), 1_000, "code"))
-    return folder / "shards"
+    folder = tmp_path_factory.mktemp("words")
+    parts = Path(leviathan.__file__).read_text(encoding="utf-8").split("\n\n")
+    (folder / "code.jsonl").write_text("\n".join(json.dumps(dict(text=part)) for part in parts))
+    prepare([folder / "code.jsonl"], folder / "data", vocab_size=1_000)
+    return folder / "data"
 
 
 @pytest.fixture
-def run(data, tmp_path):
-    """A checkpoint of a model with these fields. -> its folder"""
-    def run(name, **fields):
-        (tmp_path / name).mkdir()
-        model, tokenizer = LanguageModel(Config(**SHAPE | fields)), read_json(data / "meta.json")["tokenizer"]
-        save_checkpoint(tmp_path / name, 1, model, torch.optim.AdamW(model.parameters()),
-                        dict(config=vars(model.config), training=dict(data=str(data))), tokenizer, 1)
-        return str(tmp_path / name)
+def run(monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lab.picture", *map(str, arguments)])
+        picture.main()
     return run
 
 
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["picture.py", *map(str, arguments)])
-    picture.main()
-
-
 @pytest.mark.parametrize("generator", ["v1", "lev"])
-def test_picture(run, tmp_path, monkeypatch, generator):
-    call(monkeypatch, run("ours", generator=generator), "--twin", run("twin", model="dense"), "--out", tmp_path / "both.png")
-    call(monkeypatch, tmp_path / "ours", "--out", tmp_path / "alone.png")
-    assert (tmp_path / "both.png").stat().st_size > (tmp_path / "alone.png").stat().st_size > 50_000
-    with pytest.raises(InputError, match="both.png exists: name a new file with --out"):
-        call(monkeypatch, tmp_path / "ours", "--out", tmp_path / "both.png")
+def test_picture(run, saved, data, tmp_path, generator, monkeypatch):
+    monkeypatch.setattr(picture, "SHOWN", 50)
+    saved(Config(**TINY, generator=generator), tmp_path / "ours", data)
+    saved(Config(**TINY, model="dense"), tmp_path / "twin", data)
+    run(tmp_path / "ours", "--twin", tmp_path / "twin", "--out", tmp_path / "both.png")
+    run(tmp_path / "ours", "--out", tmp_path / "alone.png")
+    both, alone = (matplotlib.image.imread(tmp_path / name)[..., :3] for name in ("both.png", "alone.png"))
+    assert both.shape == alone.shape == (1_170, 1_690, 3)
+    upper, right = slice(0, 430), slice(900, None)
+    assert (both[upper] == alone[upper]).all() and (both[500:, right] != alone[500:, right]).any()
+    assert {path.name for path in tmp_path.iterdir()} == {"ours", "twin", "both.png", "alone.png"}
 
 
-def test_bad_input(run, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="is dense, which has no generator: name it with --twin"):
-        call(monkeypatch, run("twin", model="dense"), "--out", tmp_path / "a.png")
+def test_the_most_frequent_words():
+    spelling = [b" the", b"the", b" of", b" a1b", b" \xc3\xa4hm", b" word", b" zig"]
+    words = picture.frequent_words(spelling, np.array([1, 9, 9, 9, 9, 3, 2]))
+    assert [*words.items()] == [(5, "word"), (6, "zig"), (0, "the")]
+
+
+def test_bad_input(run, saved, data, tiny_data, tmp_path, monkeypatch):
+    saved(Config(**TINY), tmp_path / "ours", data)
+    saved(Config(**TINY, model="dense"), tmp_path / "twin", data)
+    saved(Config(**TINY | dict(vocab_size=300)), tmp_path / "other")
+    (tmp_path / "old.png").touch()
+    for out in ("fig", "fig.jpeg2", "old.png", "gone/fig.png"):
+        with pytest.raises(ValueError, match=f"{out} must be a new .png in a folder that exists"):
+            run(tmp_path / "nowhere", "--out", tmp_path / out)          # refused before it looks for that
+    with pytest.raises(ValueError, match="is dense, with no generator: name it with --twin"):
+        run(tmp_path / "twin", "--out", tmp_path / "a.png")
+    with pytest.raises(ValueError, match="other has another tokenizer: name a twin trained on the same data"):
+        run(tmp_path / "ours", "--twin", tmp_path / "other", "--out", tmp_path / "a.png")
     monkeypatch.setattr(picture, "ANCHORS", 301)
-    with pytest.raises(InputError, match="the tokenizer has only .* words among its tokens"):
-        call(monkeypatch, run("ours"), "--out", tmp_path / "a.png")
-    about = read_json(tmp_path / "ours/step-00000001/config.json")
-    about["training"]["data"] = str(tmp_path / "gone")
-    (tmp_path / "ours/step-00000001/config.json").write_text(json.dumps(about))
-    with pytest.raises(InputError, match="counts.npy is missing, damaged"):
-        call(monkeypatch, tmp_path / "ours", "--out", tmp_path / "a.png")
+    with pytest.raises(ValueError, match="another tokenizer, or hardly any words"):
+        run(tmp_path / "ours", "--out", tmp_path / "a.png")
+    about = tmp_path / "ours/step-00000002/config.json"
+    about.write_text(about.read_text().replace(str(data), str(tmp_path / "gone")))
+    with pytest.raises(ValueError, match="no prepared data in .*gone"):
+        run(tmp_path / "ours", "--out", tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()

@@ -1,7 +1,10 @@
-"""Text to shards and back: what goes in comes out, in order, whatever the files are like."""
+"""Text to shards and back: what goes in comes out, whatever the files are like and wherever a run stops."""
+import gzip
+import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -11,21 +14,32 @@ import numpy as np
 import pytest
 import zstandard
 
-import documents as reading
 import prepare_pile
-import shards
-import tokenizer
-from common import InputError
-from documents import documents, find_files, pile_shards
-from kill_prepare import contents, kill_and_compare
-from prepare_pile import hash_of, prepare
-from shards import read_index, read_meta, verify
-from tokenizer import END_OF_TEXT, cut_runs, get_encoding, tokenizer_from_json, train_tokenizer
+from kill_prepare import contents, kill_and_compare, small_parts
+from prepare_pile import (
+    END_OF_TEXT,
+    SPLITS,
+    Windows,
+    cut_runs,
+    documents,
+    find_files,
+    get_encoding,
+    identity,
+    prepare,
+    read_counts,
+    read_index,
+    read_meta,
+    sole_writer,
+    tokenizer_from_json,
+    tokenizer_to_json,
+    train_tokenizer,
+    verify,
+    written_whole,
+)
 
-HERE = Path(__file__).parent.parent
-
-TEXTS = ["one\u2028line\u0085still", "", "a literal <|endoftext|> inside", "naïve — 北京 🙂\n" * 3, "x" * 5_000,
-         *(f"no. {i}" for i in range(60))]
+ROOT = Path(__file__).parent.parent
+TEXTS = ["one\u2028line\u0085still", "", "a literal <|endoftext|> inside", "naïve — 北京 🙂\n" * 3,
+         "x" * 5_000, *(f"no. {i}" for i in range(60))]
 
 
 @pytest.fixture(scope="module")
@@ -37,284 +51,478 @@ def json_lines(texts) -> bytes:
     return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
 
 
+def texts_in(path, **how) -> list[str]:
+    return [text for text, _ in documents(path, **how)]
+
+
+def tokens_of(folder, split) -> np.ndarray:
+    return np.concatenate([np.fromfile(folder / shard["file"], dtype="<u4", offset=1024)
+                           for shard in read_meta(folder)[split]["shards"]])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sources.
+
+LINES, FRAME = json_lines(TEXTS), zstandard.compress
+
+
 @pytest.mark.parametrize("name, content", [
-    ("plain.jsonl", json_lines(TEXTS)),
-    ("no-newline-at-the-end.jsonl", json_lines(TEXTS)[:-1]),
-    ("one-frame.jsonl.zst", zstandard.compress(json_lines(TEXTS))),
-    ("frames.jsonl.zst", b"".join(zstandard.compress(json_lines(TEXTS[i:i + 7])) for i in range(0, len(TEXTS), 7))),
-    ("frames-that-cut-lines.jsonl.zst", b"".join(zstandard.compress(json_lines(TEXTS)[i:i + 999]) for i in range(0, 9_999, 999))),
+    ("plain.jsonl", LINES), ("Upper.JSONL", LINES), ("a.ndjson", LINES), ("a.jsonlines", LINES),
+    ("a.jl", LINES),
+    ("a.json", LINES), ("no-newline-at-the-end.jsonl", LINES[:-1]), ("bom.jsonl", b"\xef\xbb\xbf" + LINES),
+    ("windows.jsonl", LINES.replace(b"\n", b"\r\n")), ("a.jsonl.gz", gzip.compress(LINES)),
+    ("members.NDJSON.GZ", gzip.compress(LINES[:999]) + gzip.compress(LINES[999:])),
+    ("a.jsonl.zst", FRAME(LINES)),
+    ("frames.jsonl.zst", b"".join(FRAME(json_lines(TEXTS[i:i + 7])) for i in range(0, len(TEXTS), 7))),
+    ("frames-that-cut-lines.jsonl.zst", b"".join(FRAME(LINES[i:i + 999]) for i in range(0, 9_999, 999))),
 ])
 def test_documents_come_out_as_they_went_in(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert list(documents(tmp_path / name)) == TEXTS
+    assert texts_in(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.txt", b"one\ntwo\r\n"), ("A.TXT", b"one\ntwo\r\n"), ("bom.md", b"\xef\xbb\xbfone\ntwo\r\n"),
+    ("a.py.gz", gzip.compress(b"one\ntwo\r\n")), ("a.rst.zst", FRAME(b"one\n") + FRAME(b"two\r\n"))])
+def test_a_text_file_is_one_document(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(documents(tmp_path / name)) == [("one\ntwo\r\n", "(none)")]
+
+
+def test_a_window_of_two_gigabytes(tmp_path):
+    """As of `zstd --ultra --long=31`: the header asks for it, whatever the content."""
+    streamed = zstandard.ZstdCompressor(level=1).compressobj()
+    frame = bytearray(streamed.compress(LINES) + streamed.flush())
+    assert not frame[4] & 0x20      # so the next byte is the window's: 2^(10 + its upper 5 bits)
+    frame[5] = 21 << 3
+    (tmp_path / "long.jsonl.zst").write_bytes(frame)
+    assert texts_in(tmp_path / "long.jsonl.zst") == TEXTS
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("cut.jsonl.zst", zstandard.compress(json_lines(TEXTS))[:-9], r"cut.jsonl.zst is cut short .*: fetch it again"),
-    ("other.jsonl.zst", b"not zstd at all", "other.jsonl.zst is not valid zstd .*: fetch it again"),
+    ("cut.jsonl.zst", FRAME(LINES)[:-9], "cut.jsonl.zst is cut short: fetch it again"),
+    ("cut.jsonl.gz", gzip.compress(LINES)[:-9], "cut.jsonl.gz is cut short: fetch it again"),
+    ("other.jsonl.zst", b"not zstd at all", "other.jsonl.zst is not valid .zst .*: fetch it again"),
+    ("other.txt.gz", b"not gzip at all", "other.txt.gz is not valid .gz .*: fetch it again"),
     ("nothing.jsonl.zst", b"", "nothing.jsonl.zst is empty: fetch it again"),
-    ("bad.jsonl", b'{"text": "fine"}\n{"text": 3}\n', 'bad.jsonl:2: not a JSON object with a string "text": mend it, .*--skip-bad'),
+    ("bad.jsonl", b'{"text": "fine"}\n{"text": 3}\n',
+     'bad.jsonl:2: not a JSON object with a string "text": mend it, or leave .*--skip-bad'),
     ("bad.jsonl", b'{"text": "fine"}\n\n{"no": 3}\n', 'bad.jsonl:3: not a JSON object with a string "text"'),
-    ("bad.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', "bad.jsonl:2: not valid JSON .*can't decode byte 0xff"),
-    ("bad.jsonl", b'{"text": "\\ud800"}\n', "bad.jsonl:1: text that is not valid Unicode .*surrogates"),
-    ("bad.jsonl", b'{"text": "fine"}\n{"text": "half a li', "bad.jsonl:2: not valid JSON"),
-    ("bad.jsonl", b"[" * 100_000, "bad.jsonl:1: not valid JSON .*recursion"),
-    ("bad.txt", b"\xff", r"bad.txt: not UTF-8 \(byte 0\)"),
-    ("long.jsonl", b'{"text": "fine"}\n{"text": "' + b"x" * 4_000_000, "long.jsonl:2: a line of more than 3 MB: cut it"),
-    ("long.txt", b"x" * 4_000_000, "long.txt is one document of more than 3 MB: cut it"),
-    ("bomb.jsonl.zst", zstandard.compress(b"0" * 200_000_000), "bomb.jsonl.zst:1: a line of more than 3 MB"),
+    ("bad.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', "bad.jsonl:2: .*can't decode byte 0xff"),
+    ("bad.jsonl", b'{"text": "\\ud800"}\n', "bad.jsonl:1: .*surrogates not allowed"),
+    ("bad.jsonl", b'{"text": "fine"}\n{"text": "half a li', "bad.jsonl:2: Unterminated string"),
+    ("bad.jsonl", b"[" * 100_000, "bad.jsonl:1: .*recursion"),
+    ("array.json", b'[{"text": "one"},\n{"text": "two"}]', "array.json:1: "),
+    ("pretty.json", b'{\n  "text": "one"\n}', "pretty.json:1: "),
+    ("bad.txt", b"\xff", "bad.txt:1: .*can't decode byte 0xff"),
+    ("long.jsonl", b'{"text": "fine"}\n{"text": "' + b"x" * 4_000_000,
+     "long.jsonl:2: more than 3 MB: cut it in pieces"),
+    ("long.txt", b"x" * 4_000_000, "long.txt:1: more than 3 MB: cut it in pieces"),
+    ("bomb.jsonl.zst", FRAME(b"0" * 200_000_000), "bomb.jsonl.zst:1: more than 3 MB"),
+    ("data.csv", b"text\none\n", "data.csv is of an unknown format: say --format jsonl or --format text"),
+    ("data.zst", FRAME(LINES), "data.zst is of an unknown format"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, message, monkeypatch):
-    monkeypatch.setattr(reading, "LONGEST_DOCUMENT", 3 * 2**20)
+    monkeypatch.setattr(prepare_pile, "LONGEST_DOCUMENT", 3 * 2**20)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        list(documents(tmp_path / name))
+    with pytest.raises(ValueError, match=message):
+        texts_in(tmp_path / name)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_shards_hold_every_token_in_order(tmp_path, encoding, monkeypatch, workers):
-    """In shards of 100 tokens, with <|endoftext|> before each document; a literal one in a text is text."""
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
-    (tmp_path / "train.jsonl").write_bytes(json_lines(TEXTS))
-    (tmp_path / "val.txt").write_text("validation " * 30)
-    meta = prepare([tmp_path / "train.jsonl"], tmp_path / "out", encoding, [tmp_path / "val.txt"], workers=workers)
-    found = [np.fromfile(tmp_path / "out" / s["file"], dtype="<u4", offset=1024) for s in meta["train"]["shards"]]
-    header = np.fromfile(tmp_path / "out/train-00001.bin", dtype="<i4", count=256)
-    assert header[:3].tolist() == [20240801, 7, 100] and not header[3:].any()
-    assert all(len(shard) == 100 for shard in found[:-1]) and len(found) > 2
-    expected = [token for text in TEXTS for token in (encoding.n_vocab - 1, *encoding.encode_ordinary(text))]
-    assert np.concatenate(found).tolist() == expected
-    assert meta["train"]["documents"] == len(TEXTS) and meta["end_of_text"] == encoding.encode_single_token(END_OF_TEXT)
-    assert tokenizer_from_json(read_meta(tmp_path / "out")["tokenizer"]).decode(found[0][1:9].tolist()) in TEXTS[0]
-    verify(tmp_path / "out")
+def test_a_format_can_be_named(tmp_path):
+    (tmp_path / "data.csv").write_bytes(LINES)
+    assert texts_in(tmp_path / "data.csv", format="jsonl") == TEXTS
+    assert texts_in(tmp_path / "data.csv", format="text") == [LINES.decode()]
 
 
-def test_exact_duplicates_stay_on_one_side(tmp_path, encoding):
-    (tmp_path / "a.jsonl").write_bytes(json_lines([f"document {i % 40}" for i in range(400)]))
-    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding, holdout=3)
-    texts = {}
-    for split in ("train", "val"):
-        tokens = np.fromfile(tmp_path / "out" / f"{split}-00000.bin", dtype="<u4", offset=1024).tolist()
-        texts[split] = set(encoding.decode(tokens).split(END_OF_TEXT)) - {""}
-        assert meta[split]["documents"] % 10 == 0
-    assert len(texts["train"] | texts["val"]) == 40 and not texts["train"] & texts["val"]
+def test_folders_leave_out_what_is_hidden_or_unknown(tmp_path, capsys):
+    for name in ("b.txt", "a.NDJSON", "in/c.jsonl.zst", "notes.pdf", "._b.txt", ".ipynb_checkpoints/b.txt",
+                 "in/meta.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = lambda found: [path.name for path in found]      # noqa: E731
+    assert names(find_files([str(tmp_path)])) == ["a.NDJSON", "b.txt", "c.jsonl.zst"]
+    assert "4 files left out, hidden or of unknown format, as " in capsys.readouterr().out
+    assert names(find_files([str(tmp_path)], "text")) == ["a.NDJSON", "b.txt", "c.jsonl.zst", "notes.pdf"]
+    assert names(find_files([str(tmp_path / "._b.txt")])) == ["._b.txt"]         # named by the user
+    for wrong in ("nowhere", ".ipynb_checkpoints/nothing"):
+        with pytest.raises(ValueError, match="is no file, nor a folder with text in it"):
+            find_files([str(tmp_path / wrong)])
 
+
+# ----------------------------------------------------------------------------------------------------------
+# Tokenizers.
+
+def test_tokenizers_travel_in_json(encoding):
+    known = json.loads(json.dumps(tokenizer_to_json(encoding)))
+    assert tokenizer_from_json(known).encode_ordinary("no. 7") == encoding.encode_ordinary("no. 7")
+    with pytest.raises(ValueError, match="unknown encoding 'gpt9': choose from .*o200k_base"):
+        get_encoding("gpt9")
+
+
+@pytest.mark.parametrize("change", [
+    lambda known: known["tokens"].__setitem__(260, "not base64!"),
+    lambda known: known.update(pattern="(a+)+$"),
+    lambda known: known["tokens"].__setitem__(0, known["tokens"][1]), lambda known: known.update(tokens=3),
+    lambda known: known.pop("name"), lambda known: known["tokens"].pop(),
+    lambda known: known.update(fingerprint="0"),
+    lambda known: known.update(vocab_size="270")])
+def test_a_tokenizer_from_a_stranger(encoding, change):
+    change(known := tokenizer_to_json(encoding))
+    with pytest.raises(ValueError, match="the tokenizer's description is missing, damaged or other data"):
+        tokenizer_from_json(known)
+
+
+def test_long_runs_are_cut_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(prepare_pile, "LONGEST_RUN", 10)
+    for text in ("", "a b c " * 20, "x" * 9, "one " + "y" * 19 + " end", " " * 15 + "z"):
+        assert "".join(cut_runs(text)) == text and len(cut_runs(text)) <= 2
+    assert cut_runs("a b c " * 20) == ["a b c " * 20]
+    for text in ("x" * 1_000, " " * 1_000, "ab " * 5 + "-" * 99 + "\n" * 77 + " words again"):
+        parts = cut_runs(text)
+        assert "".join(parts) == text and len(parts) > 5
+        assert all(len(run) < 20 for part in parts for run in [
+            *part.split(), *"".join(" " if c.isspace() else "x" for c in part).split("x")])
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ,
+                    reason="no test downloads: TIKTOKEN_CACHE_DIR names no cache")
+def test_o200k_base(tmp_path):
+    """The vocabulary of the paper, as tiktoken has it; a million spaces at once make it panic."""
+    encoding, texts = get_encoding("o200k_base"), [*TEXTS, " " * 2_000_000, "x" * 500_000]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
+    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding, holdout=3, threads=2)
+    assert meta["tokenizer"]["vocab_size"] == 200_019 and meta["end_of_text"] == 199_999
+    assert "tokens" not in meta["tokenizer"]        # its name is enough
+    found = [encoding.decode(part[1:].tolist()) for split in SPLITS
+             for tokens in [tokens_of(tmp_path / "out", split)]
+             for part in np.split(tokens, np.flatnonzero(tokens == 199_999))[1:]]
+    assert sorted(found) == sorted(texts)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The writer.
 
 @pytest.fixture
 def corpus(tmp_path, encoding, monkeypatch):
-    """Two files of documents from three domains, in chunks of 500 bytes and shards of 300 tokens."""
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 300)
-    for name, size in (("CHUNK", 500), ("BLOCK", 200), ("COMPRESSED", 64)):
-        monkeypatch.setattr(reading, name, size)
+    """Two files of documents from three domains, in parts of 300 tokens."""
+    monkeypatch.setattr(prepare_pile, "PART_TOKENS", 300)
+    monkeypatch.setattr(prepare_pile, "BLOCK", 200)
     rng = random.Random(0)
-    lines = [json.dumps({"text": rng.choice(TEXTS) + str(i), "meta": {"pile_set_name": rng.choice("ABC")}}) for i in range(400)]
+    texts = [text for text in TEXTS if len(text) < 5_000]
+    lines = [json.dumps({"text": rng.choice(texts) + str(i), "meta": {"pile_set_name": rng.choice("ABC")}})
+             for i in range(400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines[:200]))
     (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress("\n".join(lines[200:]).encode()))
     return [tmp_path / "a.jsonl", tmp_path / "b.jsonl.zst"]
 
 
-def test_the_same_bytes_whatever_the_workers_and_the_chunks(tmp_path, corpus, encoding, monkeypatch):
-    for name, workers, size in (("one", 1, 500), ("two", 2, 500), ("three", 3, 2**20)):
-        monkeypatch.setattr(reading, "CHUNK", size)
-        prepare(corpus, tmp_path / name, encoding, holdout=5, workers=workers)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
-    assert {"train-00009.bin", "train-00009.idx", "val-00000.bin", "meta.json", "counts.npy"} <= set(contents(tmp_path / "one"))
+def test_every_token_in_order(tmp_path, encoding, monkeypatch):
+    """<|endoftext|> before each document; a literal one is text. What is too long is a shard of its own."""
+    monkeypatch.setattr(prepare_pile, "PART_TOKENS", 100)
+    texts = [*TEXTS, " ".join(map(str, range(100, 200))), "the end"]
+    (tmp_path / "train.jsonl").write_bytes(json_lines(texts))
+    (tmp_path / "val.txt").write_text("validation " * 30)
+    meta = prepare([tmp_path / "train.jsonl"], tmp_path / "out", encoding, [tmp_path / "val.txt"], threads=2)
+    assert tokens_of(tmp_path / "out", "train").tolist() == [
+        token for text in texts for token in (encoding.n_vocab - 1, *encoding.encode_ordinary(text))]
+    header = np.fromfile(tmp_path / "out/train-00001.bin", dtype="<i4", count=256)
+    sizes = [shard["tokens"] for shard in meta["train"]["shards"]]
+    assert header[:3].tolist() == [20240801, 7, sizes[1]] and not header[3:].any()
+    assert max(sizes) == 1 + len(encoding.encode_ordinary(texts[-2]))
+    assert sum(size > 100 for size in sizes) == 1 and meta["train"]["documents"] == len(texts)
+    assert meta["end_of_text"] == encoding.encode_single_token(END_OF_TEXT)
+    verify(tmp_path / "out")
+
+
+def test_the_same_bytes_whatever_the_threads_and_the_reading(tmp_path, corpus, encoding, monkeypatch):
+    for name, threads, ahead in (("one", 1, 10), ("two", 2, 9_000), ("five", 5, 2**23)):
+        monkeypatch.setattr(prepare_pile, "AHEAD", ahead)
+        prepare(corpus, tmp_path / name, encoding, holdout=5, threads=threads)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "five")
+    written = {"train-00009.bin", "train-00009.idx", "val-00000.bin", "meta.json", "counts.npy"}
+    assert written <= contents(tmp_path / "one").keys()
 
 
 def test_documents_and_domains_are_where_the_index_says(tmp_path, corpus, encoding):
-    """Recounted from the lines themselves."""
-    meta = prepare(corpus, tmp_path / "out", encoding, holdout=5)
-    lines = [json.loads(line) for path in corpus for line in
-             (path.read_bytes() if path.suffix == ".jsonl" else zstandard.decompress(path.read_bytes())).splitlines()]
+    """Recounted from the lines themselves; no document crosses shards."""
+    meta = prepare(corpus, tmp_path / "out", encoding, holdout=5, threads=2)
+    contents = corpus[0].read_bytes(), zstandard.decompress(corpus[1].read_bytes())
+    lines = [json.loads(line) for content in contents for line in content.splitlines()]
     for split, inside in (("train", False), ("val", True)):
-        expected = [(d["meta"]["pile_set_name"], d["text"]) for d in lines if (hash_of(d["text"]) % 5 == 0) == inside]
+        held_out = [int(hashlib.sha256(d["text"].encode()).hexdigest()[:16], 16) % 5 == 0 for d in lines]
+        expected = [(d["meta"]["pile_set_name"], d["text"]) for d, own in zip(lines, held_out)
+                    if own == inside]
         found = []
         for shard in meta[split]["shards"]:
-            tokens = shards.open_shard(tmp_path / "out" / shard["file"], shard["tokens"])
-            index = read_index((tmp_path / "out" / shard["file"]).with_suffix(".idx"), len(tokens), 3)
-            for start, stop, domain in zip(index["start"], [*index["start"][1:], len(tokens)], index["domain"]):
-                part = tokens[start:stop].tolist()
-                if part[0] == meta["end_of_text"]:
-                    found.append((meta["domains"][domain], part[1:]))
-                else:                                       # it began in the shard before
-                    assert found[-1][0] == meta["domains"][domain]
-                    found[-1][1].extend(part)
-        assert [(domain, encoding.decode(tokens)) for domain, tokens in found] == expected
+            path = tmp_path / "out" / shard["file"]
+            tokens = np.fromfile(path, dtype="<u4", offset=1024)
+            index = read_index(path.with_suffix(".idx"), len(tokens), 3)
+            stops = [*index["start"][1:], len(tokens)]
+            for start, stop, domain in zip(index["start"], stops, index["domain"]):
+                assert tokens[start] == meta["end_of_text"]
+                found.append((meta["domains"][domain], encoding.decode(tokens[start + 1:stop].tolist())))
+        assert found == expected
         for name, n in meta[split]["domains"].items():
             texts = [text for domain, text in expected if domain == name]
-            tokens = [encoding.encode_ordinary(text) for text in texts]
             assert (n["documents"], n["bytes"]) == (len(texts), sum(len(text.encode()) for text in texts))
-            assert n["tokens"] == len(texts) + sum(map(len, tokens)) and n["distinct_ids"] == 1 + len(set().union(*tokens))
-    assert np.load(tmp_path / "out/counts.npy").sum() == meta["train"]["tokens"]
+            assert n["tokens"] == len(texts) + sum(len(encoding.encode_ordinary(text)) for text in texts)
+        assert meta[split]["tokens"] == sum(n["tokens"] for n in meta[split]["domains"].values())
+    counts = np.bincount(tokens_of(tmp_path / "out", "train"), minlength=270)
+    assert np.array_equal(read_counts(tmp_path / "out"), counts)
 
 
-SAVING_OFTEN = """
-import sys, prepare_pile, shards, documents, common
-shards.SHARD_TOKENS, documents.CHUNK, documents.BLOCK, documents.COMPRESSED = 300, 500, 200, 64
-prepare_pile.SAVE_SECONDS, prepare_pile.STDLIB_VOCABULARY = 0, 300
-if __name__ == "__main__":
-    common.command_line(prepare_pile.main)
-"""
+def test_exact_duplicates_stay_on_one_side(tmp_path, encoding):
+    (tmp_path / "a.jsonl").write_bytes(json_lines([f"document {i % 40}" for i in range(400)]))
+    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding, holdout=3)
+    sides = [{*encoding.decode(tokens_of(tmp_path / "out", split).tolist()).split(END_OF_TEXT)} - {""}
+             for split in SPLITS]
+    assert len(sides[0] | sides[1]) == 40 and not sides[0] & sides[1] and meta["val"]["documents"] % 10 == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_killed_at_any_moment_it_goes_on(tmp_path, corpus):
-    """Six times, and no worker outlives its parent. For the real size: python -m tests.kill_prepare."""
-    (tmp_path / "often.py").write_text(SAVING_OFTEN)
-    (tmp_path / "runs").mkdir()
-    command = ["env", f"PYTHONPATH={HERE}", sys.executable, tmp_path / "often.py", "--workers", 2, "--input", *corpus]
-    assert len(kill_and_compare(tmp_path / "runs", command, times=6)) == 6
-    workers = lambda: subprocess.run(["pgrep", "-f", tmp_path], capture_output=True).stdout      # noqa: E731
-    deadline = time.time() + 20
-    while workers() and time.time() < deadline:
-        time.sleep(0.1)
-    assert not workers()
+def test_more_domains_than_are_listed(tmp_path, encoding):
+    lines = [json.dumps(dict(text=f"{i}", meta=dict(pile_set_name=f"domain {i % 300}"))) for i in range(900)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding, holdout=2)
+    assert len(meta["domains"]) == 256 and meta["domains"][-1] == "(other)"
+    assert sum(meta[split]["domains"]["(other)"]["documents"] for split in SPLITS) == 3 * 45
+    verify(tmp_path / "out")
 
 
 class Stop(Exception):
     pass
 
 
-def interrupt(monkeypatch, n_chunks: int, *how, **more):
-    """prepare() that stops after so many chunks, saving after each."""
-    add, calls = prepare_pile.Unfinished.add, iter(range(n_chunks))
+def interrupt(monkeypatch, n: int, *how, **more):
+    """prepare() that ends instead of adding a document, after n of them."""
+    add, calls = prepare_pile.Unfinished.add, iter(range(n))
 
-    def stop(*how, **more):
+    def stop(*how):
         if next(calls, None) is None:
             raise Stop
-        add(*how, **more)
+        add(*how)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_pile, "SAVE_SECONDS", -1)
         patch.setattr(prepare_pile.Unfinished, "add", stop)
         with pytest.raises(Stop):
             prepare(*how, **more)
 
 
-@pytest.fixture
-def interrupted(tmp_path, corpus, encoding, monkeypatch):
-    interrupt(monkeypatch, 20, corpus, tmp_path / "out", encoding, holdout=5)
-    return tmp_path / "out.partial"
-
-
-@pytest.mark.parametrize("n_chunks", range(5))
-def test_every_text_file_is_one_document_wherever_a_run_stops(tmp_path, encoding, monkeypatch, n_chunks):
-    files = [tmp_path / f"{name}.txt" for name in "abcde"]
-    for file, text in zip(files, ("one", "", "two\nlines\n", "", "three")):
-        file.write_text(text)
-    interrupt(monkeypatch, n_chunks, files, tmp_path / "out", encoding, files[:1])
-    meta = prepare(files, tmp_path / "out", encoding, files[:1])
-    assert meta["train"]["documents"] == 5 and meta["val"]["documents"] == 1
-    prepare(files, tmp_path / "undisturbed", encoding, files[:1])
+@pytest.mark.parametrize("n", [0, 1, 60, 199, 200, 201, 399])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, corpus, encoding, monkeypatch, n):
+    """With lines that are left out, wherever it stops and with other threads."""
+    corpus[0].write_text("not json\n" + corpus[0].read_text() + "\nnor this\n")
+    how = dict(holdout=5, skip_bad=True)
+    interrupt(monkeypatch, n, corpus, tmp_path / "out", encoding, **how)
+    with pytest.raises(ValueError, match="out is unfinished: the same command goes on"):
+        Windows(tmp_path / "out", "train", 8)
+    meta = prepare(corpus, tmp_path / "out", encoding, **how, threads=3)
+    prepare(corpus, tmp_path / "undisturbed", encoding, **how)
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert meta["skipped"]["lines"] == 2 and "a.jsonl:1: " in meta["skipped"]["first"]
 
 
-def test_an_interrupted_run_goes_on_only_with_what_it_had(tmp_path, corpus, encoding, interrupted):
-    before = contents(interrupted)
-    with pytest.raises(InputError, match=r"out.partial was begun by another command \(its validation differed\): repeat that"):
-        prepare(corpus, tmp_path / "out", encoding, holdout=6)
-    with pytest.raises(InputError, match=r"its sources differed"):
-        prepare(corpus[:1], tmp_path / "out", encoding, holdout=5)
+def test_only_the_same_command_goes_on(tmp_path, corpus, encoding, monkeypatch):
+    interrupt(monkeypatch, 210, corpus, tmp_path / "out", encoding, holdout=5)
+    before = contents(tmp_path / "out")
     text = corpus[0].read_text()
-    for changed in ("A" + text[1:], text[:99]):
-        corpus[0].write_text(changed)
-        with pytest.raises(InputError, match=r"a.jsonl has changed since it was read: put it back, or remove"):
-            prepare(corpus, tmp_path / "out", encoding, holdout=5)
-    assert contents(interrupted) == before and not (tmp_path / "out").exists()
+    for message, how in (("validation differ", dict(holdout=6)), ("sources differ", dict(files=corpus[:1])),
+                         ("tokenizer differ", dict(encoding=train_tokenizer(iter(TEXTS), 271, "tiny"))),
+                         ("sources differ", dict(changed="A" + text[1:]))):
+        corpus[0].write_text(how.pop("changed", text))
+        with pytest.raises(ValueError, match=rf"out was begun by another command .*\({message}\): repeat"):
+            prepare(**dict(files=corpus, out=tmp_path / "out", encoding=encoding, holdout=5) | how)
     corpus[0].write_text(text)
-    prepare(corpus, tmp_path / "out", encoding, holdout=5)
-    prepare(corpus, tmp_path / "undisturbed", encoding, holdout=5)
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert contents(tmp_path / "out") == before
+    meta = prepare(corpus, tmp_path / "out", encoding, holdout=5)
+    assert prepare(corpus, tmp_path / "out", encoding, holdout=5) == meta       # finished: nothing to do
+    with pytest.raises(ValueError, match="was begun by another command"):
+        prepare(corpus, tmp_path / "out", encoding, holdout=6)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "progress.npz").write_bytes(b"PK"), "progress.npz is damaged .*: remove .*out.partial to start"),
-    (lambda folder: (folder / "progress.npz").unlink(), "out.partial holds files but no progress.npz: remove it"),
-    (lambda folder: max(folder.glob("train-*.bin")).write_bytes(b""), "is shorter than .* bytes: remove .*out.partial to start"),
-])
-def test_a_damaged_partial_folder(tmp_path, corpus, encoding, interrupted, damage, message):
-    damage(interrupted)
-    with pytest.raises(InputError, match=message):
-        prepare(corpus, tmp_path / "out", encoding, holdout=5)
-
-
-def test_bad_lines_stop_the_run_or_are_listed(tmp_path, encoding):
-    """The same command, with --skip-bad, goes on."""
-    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS) + b"not json\n" + json_lines(["the end"]) + b'{"text": 3}\n')
-    with pytest.raises(InputError, match="a.jsonl:66: not valid JSON .*--skip-bad"):
+def test_what_has_written_no_part_yet_stands_in_nobodys_way(tmp_path, encoding, capsys):
+    """No document for validation, or a bad line: another command may begin anew."""
+    bad = b"not json\n" + json_lines(["the end"]) + b'{"text": 3}\n'
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS) + bad)
+    with pytest.raises(ValueError, match="a.jsonl:66: Expecting value.*: mend it, or leave .*--skip-bad"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="no documents for val: give more, or a validation file with --val"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding, holdout=10**7, skip_bad=True)
     meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding, skip_bad=True)
-    assert meta["skipped"]["lines"] == 2 and [place for place, _ in meta["skipped"]["first"]] == ["a.jsonl:66", "a.jsonl:68"]
+    assert meta["skipped"]["lines"] == 2
     assert meta["train"]["documents"] + meta["val"]["documents"] == len(TEXTS) + 1
+    assert "left out, as they could not be read: 2, first" in capsys.readouterr().out
 
 
-def test_nothing_is_overwritten(tmp_path, encoding):
+@pytest.mark.parametrize("place", ["new/deep", "empty", "with spaces", "link", "dangling", "."])
+def test_any_empty_place_will_do(tmp_path, encoding, place, monkeypatch):
+    """OUT itself is written, and stays what it was."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    for name in ("empty", "with spaces", "target", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "dangling").symlink_to(tmp_path / "not/yet")
+    (tmp_path / "empty/lost+found").mkdir()                     # as in a mount point
+    monkeypatch.chdir(tmp_path / "here")
+    out = Path(".") if place == "." else tmp_path / place
+    prepare([tmp_path / "a.jsonl"], out, encoding)
+    verify(out)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "dangling").is_symlink()
+    where = dict(link="target", dangling="not/yet").get(place, "here" if place == "." else place)
+    assert (tmp_path / where / "train-00000.bin").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root mounts")
+def test_a_mount_point(tmp_path, encoding):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        prepare([tmp_path / "a.jsonl"], tmp_path / "disk", encoding)
+        verify(tmp_path / "disk")
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_nothing_of_the_users_is_touched(tmp_path, encoding):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/mine").touch()
-    with pytest.raises(InputError, match="out exists already: remove it or choose another --out"):
+    (tmp_path / "out/notes.tmp").touch()
+    with pytest.raises(ValueError, match=r"out holds something else \(notes.tmp\): choose another --out"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"] and (tmp_path / "out/mine").exists()
-    with pytest.raises(InputError, match="no documents for val among 65 in all: give more documents"):
-        prepare([tmp_path / "a.jsonl"], tmp_path / "new", encoding, holdout=10**9)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
+    assert (tmp_path / "out/notes.tmp").exists()
+    with pytest.raises(OSError, match="File exists"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "a.jsonl", encoding)
+    assert (tmp_path / "a.jsonl").read_bytes() == LINES
+    with pytest.raises(RuntimeError), written_whole(tmp_path / "a.jsonl") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "a.jsonl").read_bytes() == LINES and not partial.exists()
 
 
 def test_two_runs_into_one_folder(tmp_path, encoding):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
-    with prepare_pile.sole_writer(tmp_path / "out"), pytest.raises(InputError, match="another run is writing .*out just now: wait"):
-        prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding)
+    (tmp_path / "out").mkdir()
+    with sole_writer(tmp_path / "out"):
+        with pytest.raises(ValueError, match="another run is writing .*out just now: wait"):
+            prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding)
     prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding)
 
 
-def limited(script: str, *arguments, fsize: int):
-    """Run it where no file may grow beyond fsize bytes: to a program this looks like a full disk."""
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({fsize}, {fsize}))\n{script}"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("message, how", [
+    ("--holdout 0: it must be", dict(holdout=0)), ("--holdout -3: it must be", dict(holdout=-3)),
+    ("--threads 0: it must be", dict(threads=0)), ("--vocab-size 256: it must be", dict(vocab_size=256)),
+    ("a.jsonl is named twice", dict(val_files=["a.jsonl"])),
+    ("a.csv is of an unknown format", dict(files=["a.csv"])),
+    ("b.jsonl.zst is not valid .zst", dict(files=["a.jsonl", "b.jsonl.zst"]))])
+def test_wrong_requests_are_refused_before_any_work(tmp_path, encoding, monkeypatch, message, how):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "a.csv", "b.jsonl.zst"):
+        (tmp_path / name).write_bytes(LINES)
+    with pytest.raises(ValueError, match=message):
+        prepare(**dict(files=["a.jsonl"], out="out", encoding=encoding) | how)
+    assert not Path("out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The script.
+
+def run(*arguments, before: str = "", **how):
+    """prepare_pile.py as a user runs it, after the statement `before`."""
+    code = (f"{before}\nimport runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"runpy.run_path({str(ROOT / 'prepare_pile.py')!r}, run_name='__main__')")
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **how)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_killed_at_any_moment_it_goes_on(tmp_path, corpus):
+    """Five times. For the real size: python -m tests.kill_prepare."""
+    (tmp_path / "runs").mkdir()
+    command = [*small_parts(tmp_path, 300), "--threads", 2, "--vocab-size", 300, "--input", *corpus]
+    assert len(kill_and_compare(tmp_path / "runs", command, times=5)) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_it_at_once(tmp_path, stop):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["a few words of text " * 20_000] * 100))
+    arguments = ["--vocab-size", "300", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "out"]
+    process = subprocess.Popen([sys.executable, ROOT / "prepare_pile.py", *arguments],
+                               stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out").exists():
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, stop))
+    assert process.wait(timeout=5) == -getattr(signal, stop)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
 def test_a_full_disk(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS * 200))
-    script = "import sys, prepare_pile, common\nsys.argv[0] = 'prepare_pile.py'\ncommon.command_line(prepare_pile.main)"
-    arguments = ["--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--workers", "1"]
-    done = limited(script, *arguments, fsize=100_000)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("prepare_pile.py: ")
-    assert "too large: " in done.stderr and "the same command goes on" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
-    done = limited(script, *arguments, fsize=10**9)
-    assert done.returncode == 0, done.stderr
+    """No file may grow beyond a size: to a program this looks like a full disk."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(f"{i} {text}" for i, text in enumerate(TEXTS * 200)))
+    arguments = ["--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--vocab-size", "300"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
+    done = run(*arguments, before=limit)
+    assert done.returncode == 1 and done.stderr.startswith("prepare_pile.py: ")
+    assert done.stderr.endswith("too large: once that is mended, the same command goes on\n")
+    assert len(done.stderr.splitlines()) == 1
+    done = run(*arguments)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: flip(f / "train-00000.bin", 2000), r"train-00000.bin is not what was written \(its SHA-256 differs\)"),
-    (lambda f: flip(f / "train-00000.idx", 12), "train-00000.idx (is not what was written|does not belong)"),
-    (lambda f: (f / "train-00001.idx").unlink(), "train-00001.idx is missing"),
-    (lambda f: (f / "val-00000.idx").write_bytes(b"123"), "val-00000.idx is no index of documents"),
-    (lambda f: flip(f / "counts.npy", -8), "counts.npy is wrong"),
-    (lambda f: (f / "counts.npy").unlink(), "counts.npy is missing, damaged or of another vocabulary"),
-    (lambda f: edit(f, "documents"), r"holds .* documents of train, but its meta.json says 1"),
-    (lambda f: edit(f, "domains"), r"cannot be verified"),
-    (lambda f: forge(f / "val-00000.idx", np.array([[0, 0], [1, 0]], dtype="<u4")), "has no document where its index says so"),
-    (lambda f: forge(f / "val-00000.bin", np.array([270], dtype="<u4"), 1024 + 8), "holds an id beyond the vocabulary"),
-])
-def test_verify_finds_what_is_damaged(tmp_path, corpus, encoding, damage, message):
-    prepare(corpus, tmp_path / "out", encoding, holdout=5)
-    verify(tmp_path / "out")
-    damage(tmp_path / "out")
-    with pytest.raises(InputError, match=message):
-        verify(tmp_path / "out")
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0,
+                    reason="permissions do not bind root, nor look so on Windows")
+def test_a_folder_without_permission(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = run("--input", tmp_path / "a.jsonl", "--out", tmp_path / "locked/out")
+    assert done.returncode == 1 and done.stderr.startswith("prepare_pile.py: [Errno 13] Permission denied: ")
 
 
-def forge(path: Path, values: np.ndarray, at: int = 0):
-    """Other content, with its checksum in meta.json."""
-    content = path.read_bytes()
-    path.write_bytes(content[:at] + values.tobytes() + (content[at + values.nbytes:] if at else b""))
-    meta = json.loads((path.parent / "meta.json").read_text())
-    meta["val"]["shards"][0]["sha256" if path.suffix == ".bin" else "index_sha256"] = shards.sha256(path)
-    (path.parent / "meta.json").write_text(json.dumps(meta))
+@pytest.mark.parametrize("arguments, message", [
+    (["--encoding", "gpt9"], "unknown encoding 'gpt9'"),
+    (["--vocab-size", "0"], "--vocab-size 0: it must be"),
+    (["--vocab-size", "300", "--encoding", "gpt2"], "--vocab-size is for a vocabulary trained here"),
+    (["--input", "a.jsonl"], "--input needs --out"),
+    (["--input", "nowhere", "--out", "out"], "nowhere is no file"),
+    (["--verify", "nowhere"], "no prepared data in nowhere")])
+def test_what_the_user_sees(arguments, message, tmp_path):
+    """One line, no traceback, exit status 1, and nothing begun."""
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and not [*tmp_path.iterdir()]
+    assert done.stderr.startswith(f"prepare_pile.py: {message}") and len(done.stderr.splitlines()) == 1
 
+
+def test_help_starts_without_torch():
+    """Nor with what only the writer needs."""
+    done = run("--help", before="import atexit, sys; atexit.register(lambda: print(*sys.modules))")
+    assert done.returncode == 0 and not {"torch", "zstandard", "rustbpe"} & {*done.stdout.split()}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux says which cores a process may use")
+def test_its_threads_are_the_cores_it_may_use():
+    one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    assert "that tokenise [1]" in run("--help", before=one).stdout
+
+
+def test_the_standard_library(tmp_path, monkeypatch):
+    """Or what stands in its place: no tests, no installed packages."""
+    for name in (*(f"module{i}.py" for i in range(60)), "test/a.py", "site-packages/b.py", "package/c.py",
+                 "data.txt"):
+        (tmp_path / "lib" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "lib" / name).write_text(f"def function():\n    return '{name}'\n", encoding="utf-8")
+    monkeypatch.setattr(prepare_pile.sysconfig, "get_paths", lambda: dict(stdlib=str(tmp_path / "lib")))
+    meta = prepare_pile.prepare_stdlib(tmp_path / "out", 280)
+    assert meta["tokenizer"]["vocab_size"] == 280 and meta["tokenizer"]["name"] == "bpe280"
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 61
+    (tmp_path / "lib").rename(tmp_path / "elsewhere")           # a Python without its sources
+    with pytest.raises(ValueError, match="no documents for train: give more"):
+        prepare_pile.prepare_stdlib(tmp_path / "other", 280)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reader.
 
 def flip(path: Path, at: int):
     content = bytearray(path.read_bytes())
@@ -322,87 +530,118 @@ def flip(path: Path, at: int):
     path.write_bytes(content)
 
 
-def edit(folder: Path, key: str):
+def edit(folder: Path, change):
     meta = json.loads((folder / "meta.json").read_text())
-    meta["train"][key] = 1
+    change(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def test_folders_and_patterns_are_read_whole(tmp_path, capsys):
-    for name in ("b.txt", "a.jsonl", "inside/c.jsonl.zst", "notes.pdf", "d.txt.zst"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    names = lambda found: [path.name for path in found]      # noqa: E731
-    assert names(find_files([str(tmp_path)])) == ["a.jsonl", "b.txt", "d.txt.zst", "c.jsonl.zst"]
-    assert "1 files are left out, as their names do not end in one of .jsonl" in capsys.readouterr().out
-    assert names(find_files([str(tmp_path / "*.txt"), str(tmp_path / "notes.pdf")])) == ["b.txt", "notes.pdf"]
-    for wrong, message in (("*.csv", "is not a file that can be read"), ("nowhere", "is not a file that can be read")):
-        with pytest.raises(InputError, match=message):
-            find_files([str(tmp_path / wrong)])
-    with pytest.raises(InputError, match="b.txt is named twice"):
-        find_files([str(tmp_path / "b.txt"), str(tmp_path)])
+def read_all(folder):
+    for split in SPLITS:
+        for path, shard in zip(Windows(folder, split, 2).paths, read_meta(folder)[split]["shards"]):
+            read_index(path.with_suffix(".idx"), shard["tokens"], 3)
+    read_counts(folder)
 
 
-def test_names_of_pile_shards():
-    assert pile_shards("0") == [0] and pile_shards("1,4-6") == [1, 4, 5, 6] and pile_shards("all") == list(range(30))
-    for wrong in ("30", "x", "3-1", "0,0", "1-2-3", "-1", ""):
-        with pytest.raises(InputError, match=f"--pile {wrong}: name shards of 0 to 29, such as 0, 0-3, 1,5 or all"):
-            pile_shards(wrong)
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: flip(f / "train-00000.bin", 2000), None), (lambda f: flip(f / "train-00000.idx", 12), None),
+    (lambda f: flip(f / "counts.npy", -8), None),
+    (lambda f: flip(f / "train-00000.bin", 0), r"train-00000.bin .*\(not a token shard: it begins with"),
+    (lambda f: (f / "val-00001.bin").write_bytes((f / "val-00001.bin").read_bytes()[:-4]),
+     "val-00001.bin .* in its header"),
+    (lambda f: (f / "train-00001.bin").write_bytes(b""), "train-00001.bin"),
+    (lambda f: (f / "train-00001.bin").write_bytes(b"123"), "train-00001.bin"),
+    (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin .*No such file"),
+    (lambda f: (f / "train-00001.idx").unlink(), "train-00001.idx .*No such file"),
+    (lambda f: (f / "val-00000.idx").write_bytes(b"123"), "val-00000.idx"),
+    (lambda f: (f / "val-00000.idx").write_bytes(b""), "val-00000.idx"),
+    (lambda f: flip(f / "val-00000.idx", 0), r"val-00000.idx .*\(no index of"),
+    (lambda f: (f / "counts.npy").write_bytes(b"not numpy"), "counts.npy"),
+    (lambda f: (f / "counts.npy").unlink(), "counts.npy .*No such file"),
+    (lambda f: edit(f, lambda meta: meta["train"]["shards"][0].update(file="../x.bin")), "meta.json"),
+    (lambda f: edit(f, lambda meta: meta["train"].update(tokens=-1)), "meta.json"),
+    (lambda f: edit(f, lambda meta: meta["tokenizer"].update(vocab_size="270")), "meta.json"),
+    (lambda f: edit(f, lambda meta: meta.pop("val")), "meta.json"),
+    (lambda f: (f / "meta.json").write_text("[]"), "meta.json"),
+])
+def test_what_is_damaged_is_named(tmp_path, corpus, encoding, damage, message):
+    """By the readers, where they can see it without reading everything (a message); by --verify always."""
+    prepare(corpus, tmp_path / "out", encoding, holdout=5)
+    verify(tmp_path / "out")
+    read_all(tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(ValueError, match="is missing, damaged or other data .*: prepare it again"):
+        verify(tmp_path / "out")
+    if message:
+        with pytest.raises(ValueError, match=message):
+            read_all(tmp_path / "out")
 
 
-def test_long_runs_are_cut_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(tokenizer, "LONGEST_RUN", 10)
-    for text in ("", "a b c " * 20, "x" * 9, "one " + "y" * 19 + " end", " " * 15 + "z"):
-        assert "".join(cut_runs(text)) == text and len(cut_runs(text)) <= 2
-    assert cut_runs("a b c " * 20) == ["a b c " * 20]
-    for text in ("x" * 1_000, " " * 1_000, "ab " * 5 + "-" * 99 + "\n" * 77 + " words again"):
-        parts = cut_runs(text)
-        assert "".join(parts) == text and len(parts) > 5
-        assert all(len(run) < 20 for part in parts for run in [*part.split(), *"".join(" " if c.isspace() else "x" for c in part)
-                                                                 .split("x")])
+def test_verify_without_asserts(tmp_path, corpus, encoding):
+    """python -O leaves them out."""
+    meta = prepare(corpus, tmp_path / "out", encoding, holdout=5)
+    how = dict(env=os.environ | dict(PYTHONOPTIMIZE="1"))
+    n = meta["train"]["tokens"] + meta["val"]["tokens"]
+    assert run("--verify", tmp_path / "out", **how).stdout == f"{tmp_path / 'out'} is whole: {n:,} tokens\n"
+    edit(tmp_path / "out", lambda meta: meta["train"]["shards"][0].update(file="../x.bin"))
+    (tmp_path / "x.bin").write_bytes((tmp_path / "out/train-00000.bin").read_bytes())
+    done = run("--verify", tmp_path / "out", **how)
+    assert done.returncode == 1 and "meta.json is missing, damaged" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="no test downloads: TIKTOKEN_CACHE_DIR names no cache")
-def test_o200k_base(tmp_path):
-    """The vocabulary of the paper, as tiktoken has it."""
-    encoding = get_encoding("o200k_base")
-    assert len(encoding.encode_ordinary(" " * 150_000)) < 20_000       # a million at once makes tiktoken panic
-    texts = [*TEXTS, " " * 2_000_000, "x" * 500_000]
-    (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
-    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding, holdout=3)
-    assert meta["tokenizer"]["vocab_size"] == 200_019 and meta["end_of_text"] == 199_999
-    assert "tokens" not in meta["tokenizer"]        # its name is enough
-    found = []
-    for split in ("train", "val"):
-        tokens = np.fromfile(tmp_path / "out" / f"{split}-00000.bin", dtype="<u4", offset=1024)
-        found += [encoding.decode(part[1:].tolist()) for part in np.split(tokens, np.flatnonzero(tokens == 199_999))[1:]]
-    assert sorted(found) == sorted(texts)
+def write_folder(folder: Path, sizes: list[int], vocab_size: int = 2**20) -> Path:
+    """A training split of shards of these sizes, whose tokens are 0, 1, 2 ... throughout."""
+    first = 0
+    for i, size in enumerate(sizes):
+        with open(folder / f"train-{i:05d}.bin", "wb") as file:
+            file.write(np.array([20240801, 7, size] + [0] * 253, dtype="<i4").tobytes())
+            file.write(np.arange(first, first + size, dtype="<u4").tobytes())
+        first += size
+    listed = [dict(file=f"train-{i:05d}.bin", tokens=size) for i, size in enumerate(sizes)]
+
+    def split(shards):
+        return dict(shards=shards, tokens=sum(shard["tokens"] for shard in shards), documents=0)
+    (folder / "meta.json").write_text(json.dumps(dict(
+        finished=True, tokenizer=dict(vocab_size=vocab_size, fingerprint=""), end_of_text=0, domains=[],
+        unigram_val_loss=0.0,
+        train=split(listed), val=split([]))))
+    return folder
 
 
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="permissions do not bind root, nor look so on Windows")
-def test_a_folder_without_permission(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
-    (tmp_path / "locked").mkdir(mode=0o500)
-    command = [sys.executable, HERE / "prepare_pile.py", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "locked/out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.startswith("prepare_pile.py: [Errno 13] Permission denied: ")
+def test_two_shards_by_hand(tmp_path):
+    """Shards of 8 and 5 tokens, windows of 2 + 1: three in the first, less a token, then two."""
+    windows = Windows(write_folder(tmp_path, [8, 5]), "train", 2)
+    found = [windows[i].tolist() for i in range(len(windows))]
+    assert found == [[0, 1, 2], [2, 3, 4], [4, 5, 6], [8, 9, 10], [10, 11, 12]]
+    assert windows.tokens(1, 1, 3).tolist() == [9, 10] and [len(shard) for shard in windows.shards] == [8, 5]
+    with pytest.raises(ValueError,
+                       match="the train split of .* is shorter than one window of 9 tokens: lower --seq-len"):
+        Windows(tmp_path, "train", 8)
+    with pytest.raises(ValueError, match="the val split of .* is shorter than one window"):
+        Windows(tmp_path, "val", 2)
 
 
-def test_validation_that_overlaps_training_is_told(tmp_path, capsys):
-    """Two of three documents of --val stand in training, one of them twice; an empty one says nothing."""
-    lines = lambda texts: "".join(json.dumps(dict(text=text)) + "\n" for text in texts)          # noqa: E731
-    (tmp_path / "train.jsonl").write_text(lines(["a b", "c d", "", "a b", "e f", "g"]))
-    (tmp_path / "val.jsonl").write_text(lines(["a b", "", "e f", "new"]))
-    encoding = train_tokenizer(iter(TEXTS), 270, "tiny")
-    for workers in (1, 2):
-        meta = prepare([tmp_path / "train.jsonl"], tmp_path / f"{workers}", encoding, [tmp_path / "val.jsonl"], workers=workers)
-        assert meta["overlap"] == 3 and meta["train"]["documents"] == 6 and meta["val"]["documents"] == 4
-        assert "3 of 6 training documents stand in the validation file too, word for word" in capsys.readouterr().out
-    assert prepare([tmp_path / "train.jsonl"], tmp_path / "held", encoding, holdout=2)["overlap"] == 0
-    assert "stand in the validation" not in capsys.readouterr().out
+def test_ids_beyond_the_vocabulary(tmp_path):
+    windows = Windows(write_folder(tmp_path, [100], vocab_size=99), "train", 9)
+    with pytest.raises(ValueError, match="train-00000.bin holds the id 99, but the vocabulary has 99"):
+        windows[10]
 
 
-def test_a_python_without_its_library(monkeypatch, tmp_path):
-    monkeypatch.setattr(reading.sysconfig, "get_paths", lambda: dict(stdlib=str(tmp_path)))
-    with pytest.raises(InputError, match="no sources of the standard library in .*: name your own text with --input"):
-        reading.stdlib_files()
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+def test_more_shards_than_a_process_may_open_at_first(tmp_path):
+    write_folder(tmp_path, [8] * 300)
+    code = ("import resource, sys, prepare_pile\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 1_000))\n"
+            "print(len(prepare_pile.Windows(sys.argv[1], 'train', 2)))")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "900\n", done.stderr
+
+
+def test_identity_is_of_the_content(tmp_path, encoding):
+    """Other texts of equal counts are other data; the same ones elsewhere are not."""
+    for name, last in (("one", "no. 7"), ("two", "no. 8"), ("again", "no. 7")):
+        (tmp_path / "a.jsonl").write_bytes(json_lines([*TEXTS, last]))
+        prepare([tmp_path / "a.jsonl"], tmp_path / name, encoding, holdout=3)
+    one, two, again = (read_meta(tmp_path / name) for name in ("one", "two", "again"))
+    assert one["train"]["tokens"] + one["val"]["tokens"] == two["train"]["tokens"] + two["val"]["tokens"]
+    assert identity(one) == identity(again) != identity(two)

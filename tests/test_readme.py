@@ -1,66 +1,89 @@
-"""What the README says of the code is true: quoted lines, links, flags, examples."""
+"""What the README says of the code is true: quoted lines, links, flags, commands, examples."""
+import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from common import InputError
-from leviathan import LanguageModel
+from leviathan import load
+from test_architecture import ROOT, SCRIPTS
 
-HERE = Path(__file__).parent.parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
-SCRIPTS = [path.name for path in sorted(HERE.glob("*.py")) if "argparse" in path.read_text(encoding="utf-8")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAB = [f"lab.{path.stem}" for path in sorted((ROOT / "lab").glob("*.py")) if path.stem != "__init__"]
+COMMAND = re.compile(r"(?:python|torchrun)(?= )([^`\n]*?) (?:(\w+)\.py|-m ((?:lab|tests)\.\w+))([^`\n#]*)")
+
+
+def commands() -> list[tuple[str, set[str]]]:
+    """(module, flags) of each command; "..." is not looked into, and a line that ends in \\ goes on."""
+    text = re.sub(r'"[^"\n]*"', '""', re.sub(r"\\\n", " ", README))
+    return [(script or module, {*re.findall(r"(?<= )--[\w-]+", re.split("&&|[;|]", flags)[0])})
+            for _, script, module, flags in COMMAND.findall(text)]
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_it_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 220 and [line for line in lines if len(line) > 110] == []
 
 
 def test_equations_stand_beside_the_lines_they_became():
-    table = README[README.index("| step | equation"):README.index("Two readings of the method")]
-    quoted = re.findall(r"`([^`]+)`", table)
-    code = (HERE / "leviathan.py").read_text(encoding="utf-8")
-    assert len(quoted) == 9 and [line for line in quoted if line not in code] == []
+    table = re.search(r"^\| step \| equation \|.*\n(\|.*\n)+", README, flags=re.MULTILINE)[0]
+    quoted = [line.replace(r"\|", "|") for line in re.findall(r"`([^`]+)`", table)]
+    code = (ROOT / "leviathan.py").read_text(encoding="utf-8")
+    assert len(quoted) >= 5 and [line for line in quoted if line not in code] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "results/README.md"])
 def test_links_lead_somewhere(page):
-    text = (HERE / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)]+)\)", text):
+    def headings(file):
+        text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+                for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)]
+
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
-        if "://" in target:
-            continue
-        file = ((HERE / page).parent / path) if path else HERE / page
-        assert file.exists(), target
-        headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE) if anchor else []
-        assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert "://" in target or file.exists() and (not anchor or anchor in headings(file)), target
 
 
 def test_every_file_is_named():
-    assert [path.name for path in HERE.glob("*.py") if path.name not in README and path.name != "conftest.py"] == []
+    assert [name for name in SCRIPTS if f"{name}.py" not in README] == []
+    assert [name for name in LAB if not re.search(rf"\b{name.removeprefix('lab.')}\b", README)] == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_flags_exist(script):
-    """Every flag in a command of the README is one of the script's; --help needs no packages but the required ones."""
-    done = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    used = set()
-    for line in re.sub(r"\\\n", " ", README).splitlines():
-        if line.startswith(("python ", "torchrun ")) and f" {script}" in line:
-            used |= set(re.findall(r"(?<= )--[\w-]+", line.split(script)[1].partition(" # ")[0]))
-    if script != "bench.py":        # whose subcommands have helps of their own
-        assert [flag for flag in sorted(used) if flag not in done.stdout] == []
+def test_commands_name_files_that_are_there():
+    made = {"mine"} if any(block.startswith("# mine.py") for block in fenced("python")) else set()
+    named = {module for module, _ in commands()} - made
+    there = {module for module in named if (ROOT / f"{module.replace('.', '/')}.py").exists()}
+    assert "train" in named and named - there == set()
+
+
+@pytest.mark.parametrize("module", [*sorted(SCRIPTS - {"leviathan", "test_leviathan"}), *LAB])
+def test_flags_exist(module):
+    """Every script explains itself, and has the flags that the README's commands give it."""
+    how = ["-m", module] if "." in module else [f"{module}.py"]
+    done = subprocess.run([sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    known = re.findall(r"--[\w-]+", done.stdout)
+    assert [flag for name, flags in commands() if name == module for flag in flags if flag not in known] == []
 
 
 def test_own_generator(tmp_path, tiny_data):
     """mine.py as it stands in the README, at a tiny size."""
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if block.startswith("# mine.py"))
+    code = next(block for block in fenced("python") if block.startswith("# mine.py"))
     (tmp_path / "mine.py").write_text(code, encoding="utf-8")
-    done = subprocess.run([sys.executable, tmp_path / "mine.py", "--data", tiny_data, "--out", tmp_path / "out", *(
-        "--seq-len 32 --d-model 32 --n-layers 1 --n-heads 2 --d-seed 8 --mode-width 1 --tokens-per-step 256 --steps 4").split()],
-        capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(HERE), "PATH": ""})
+    command = [sys.executable, tmp_path / "mine.py", "--generator", "additive", "--data", tiny_data,
+               "--out", tmp_path / "out"]
+    tiny = ("--seq-len 16 --d-model 16 --n-layers 1 --d-seed 8 --mode-width 1 --tokens-per-step 64 --steps 2 "
+            "--eval-tokens 64 --device cpu").split()
+    how = dict(capture_output=True, text=True, timeout=300, cwd=tmp_path,
+               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([*command, *tiny], **how)
     assert done.returncode == 0, done.stderr
-    with pytest.raises(InputError, match="was trained with Additive in the place of TokenGenerator: load it where leviathan.Token"):
-        LanguageModel.from_checkpoint(tmp_path / "out")
-    done = subprocess.run([sys.executable, tmp_path / "mine.py", "--data", tiny_data, "--out", tmp_path / "out"],
-                          capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(HERE), "PATH": ""})
-    assert done.returncode == 1 and done.stderr.startswith("mine.py: ") and len(done.stderr.splitlines()) == 1
+    with pytest.raises(ValueError, match="unknown generator 'additive'"):      # where it is not registered
+        load(tmp_path / "out")

@@ -1,8 +1,14 @@
 """sample.py: the cache changes nothing, draws are what was asked for, text is whole."""
+import io
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import tiktoken
 import torch
-import torch.nn.functional as F
+from kill_train import ROOT
 
 import sample
 from leviathan import Config, LanguageModel
@@ -13,69 +19,63 @@ from test_leviathan import TINY, TWINS
 @pytest.mark.parametrize("twin", TWINS, ids=str)
 def test_cached_logits_equal_uncached_ones(twin):
     """Two sequences read in pieces of 5, 1, 4, 1 and 5 tokens, against one pass over all 16."""
-    model = LanguageModel(Config(**TINY | twin)).double()
-    ids = torch.randint(97, (2, 16))
+    model, ids = LanguageModel(Config(**TINY | twin)).double(), torch.randint(97, (2, 16))
     embed, caches = Embeddings(model), [KeyValues(model, 2) for _ in model.layers]
     with torch.no_grad():
         pieces = [model.lm_head(model.hidden(embed(part), caches)) for part in ids.split([5, 1, 4, 1, 5], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=1e-9, atol=1e-12)
-    assert caches[0].length == 16
 
 
 def uncached(model, ids: list[int], n: int, seed: int) -> list[int]:
     """Tokens drawn after a pass over all that each is drawn from: see generate."""
-    out, T, rng = list(ids), model.config.seq_len, torch.Generator().manual_seed(seed)
+    out, T, stream = list(ids), model.config.seq_len, torch.Generator().manual_seed(seed)
     first = max(0, len(out) - T)                        # of the context
     for _ in range(n):
         if len(out) - first > T:
             first = len(out) - T // 2
-        out.append(draw(model(torch.tensor([out[first:]]))[:, -1], 1.0, 0, 1.0, [rng]).item())
+        out.append(draw(model(torch.tensor([out[first:]]))[:, -1], 1.0, 0, 1.0, [stream]).item())
     return out[len(ids):]
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=str)
-@pytest.mark.parametrize("prompt", [1, 7, 16, 30])
-def test_text_may_outgrow_the_context(twin, prompt):
+def test_text_may_outgrow_the_context(twin):
+    """A context of 16, prompts of 1 to 30 tokens, 40 more."""
     model = LanguageModel(Config(**TINY | twin)).double()
-    ids = torch.randint(97, (prompt,))
     with torch.no_grad():
         model.lm_head.weight.mul_(6)                    # so that it has a preference
-        tokens = [token.item() for token in generate(model, ids, 40, seed=3)]
-        assert tokens == uncached(model, ids.tolist(), 40, seed=3) and len(set(tokens)) > 5
+        for ids in map(torch.randint, [97] * 4, [(1,), (7,), (16,), (30,)]):
+            tokens = [token.item() for token in generate(model, ids, 40, seed=3)]
+            assert tokens == uncached(model, ids.tolist(), 40, seed=3) and len(set(tokens)) > 5
 
 
 def test_each_embedding_is_generated_once(monkeypatch):
     model, made = LanguageModel(Config(**TINY)), []
-    rows = model.embed_tokens.rows
+    expected, rows = model.embed_tokens.table(), model.embed_tokens.rows
     monkeypatch.setattr(model.embed_tokens, "rows", lambda ids: made.extend(ids.tolist()) or rows(ids))
     embed = Embeddings(model)
     for ids in torch.tensor([[3, 5, 3], [5, 7, 3], [7, 7, 7]]):
-        torch.testing.assert_close(embed(ids[None]), model.embed_tokens(ids[None]))
-        made[-len(ids.unique()):] = []                  # those of the comparison
+        torch.testing.assert_close(embed(ids[None]), expected[ids[None]])
     assert made == [3, 5, 7]
 
 
-def counts(logits, n=2_000, **how):
-    rng = torch.Generator().manual_seed(0)
-    settings = dict(temperature=1.0, top_k=0, top_p=1.0) | how
-    return torch.bincount(torch.cat([draw(logits, rngs=[rng], **settings) for _ in range(n)]), minlength=logits.shape[1]) / n
-
-
-def test_draws_by_hand():
-    """Tokens of probability 0.1, 0.4, 0.3 and 0.2."""
-    logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
-    expected = {"plain": ({}, [0.1, 0.4, 0.3, 0.2]), "greedy": (dict(temperature=0), [0, 1, 0, 0]),
-                "temperature": (dict(temperature=0.5), [1 / 30, 16 / 30, 9 / 30, 4 / 30]),         # squares
-                "top 2": (dict(top_k=2), [0, 4 / 7, 3 / 7, 0]), "more than there are": (dict(top_k=9), [0.1, 0.4, 0.3, 0.2]),
-                "nucleus": (dict(top_p=0.75), [0, 4 / 9, 3 / 9, 2 / 9]),                           # 0.4 + 0.3 is too little
-                "nucleus of one": (dict(top_p=0.01), [0, 1, 0, 0]), "cold": (dict(temperature=1e-300), [0, 1, 0, 0])}
-    for name, (how, wanted) in expected.items():
-        torch.testing.assert_close(counts(logits, **how), torch.tensor(wanted, dtype=torch.float32), rtol=0, atol=0.04, msg=name)
+@pytest.mark.parametrize("how, expected", [
+    ({}, [1, 4, 3, 2]), (dict(temperature=0), [0, 1, 0, 0]), (dict(temperature=0.5), [1, 16, 9, 4]),        # squares
+    (dict(top_k=2), [0, 4, 3, 0]), (dict(top_k=9), [1, 4, 3, 2]), (dict(top_k=1), [0, 1, 0, 0]),
+    (dict(top_p=0.75), [0, 4, 3, 2]), (dict(top_p=0.65), [0, 4, 3, 0]), (dict(top_p=0.01), [0, 1, 0, 0]),
+    (dict(top_k=3, top_p=0.5), [0, 4, 3, 0]), (dict(temperature=1e-300), [0, 1, 0, 0])], ids=str)
+def test_draws_by_hand(how, expected):
+    """Of tokens that have the probabilities 0.1, 0.4, 0.3 and 0.2."""
+    logits, streams = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log().expand(2_000, 4), [torch.Generator().manual_seed(0)] * 2_000
+    drawn = draw(logits, **dict(temperature=1.0, top_k=0, top_p=1.0) | how, streams=streams).bincount(minlength=4) / 2_000
+    torch.testing.assert_close(drawn, torch.tensor(expected) / sum(expected), rtol=0, atol=0.04)
+    assert [x > 0 for x in drawn] == [x > 0 for x in expected]
 
 
 def test_draws_are_seeded():
+    """Sample i of seed s is the one of seed s + i, whatever stands beside it."""
     model = LanguageModel(Config(**TINY))
-    text = lambda n=1, **how: torch.stack(list(generate(model, torch.tensor([1, 2]), 12, samples=n, **how))).T.tolist()  # noqa: E731
+    def text(n=1, **how):
+        return torch.stack(list(generate(model, torch.tensor([1, 2]), 12, samples=n, **how))).T.tolist()
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert text(3, seed=1) == text(seed=1) + text(seed=2) + text(seed=3)
     assert text(temperature=0, seed=1) == text(temperature=0, seed=2) == text(top_k=1) == text(top_p=1e-9)
@@ -85,37 +85,52 @@ BYTES = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]
                           special_tokens={"<|endoftext|>": 258})        # so 257 is no token, as some ids of o200k_base
 
 
-class Speller:
-    """In place of generate: says these tokens, for each of the samples."""
-    def __init__(self, *samples):
-        self.samples = [list(sample) for sample in samples]
-
-    def __call__(self, model, ids, n_tokens, samples, **how):
-        yield from torch.tensor(self.samples).T[:n_tokens]
-
-
-def test_streamed_text_never_cuts_a_character(monkeypatch):
-    """Characters of several bytes arrive whole, though each byte is a token of its own."""
-    text = "né 北京 🙂!"
-    monkeypatch.setattr(sample, "generate", Speller(text.encode()))
-    pieces = [piece for piece, in stream_text(None, BYTES, [0], 100)]
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and len(pieces) == len(text.encode()) + 1
-    monkeypatch.setattr(sample, "generate", Speller(text.encode()[:-2]))                # its last character is cut by --tokens
-    assert "".join(piece for piece, in stream_text(None, BYTES, [0], 100)) == "né 北京 \ufffd"
+@pytest.mark.parametrize("spelt, expected, pieces", [
+    (["né 北京 🙂!".encode()], ["né 北京 🙂!"], 17), (["né 🙂".encode()[:-1]], ["né \ufffd"], 8),   # the last one cut by --tokens
+    ([[72, 105, 258, 33, 33, 33], [79, 257, 104, 33, 258, 33]], ["Hi", "Oh!"], 5)])                 # ended by the end of text
+def test_streamed_text_never_cuts_a_character(monkeypatch, spelt, expected, pieces):
+    """Each byte is a token of its own; then two samples, one of them with an id that is no token."""
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: torch.tensor([list(tokens) for tokens in spelt]).T)
+    streamed = list(stream_text(None, BYTES, [0], 100, samples=len(spelt)))
+    assert ["".join(piece) for piece in zip(*streamed)] == expected and len(streamed) == pieces
+    assert sum("\ufffd" in piece for pieces in streamed for piece in pieces) == "".join(expected).count("\ufffd")
 
 
-def test_a_sample_ends_at_the_end_of_text(monkeypatch):
-    """The first after two tokens, the second after four, when nothing is left to draw; an id that is no token says nothing."""
-    monkeypatch.setattr(sample, "generate", Speller([72, 105, 258, 33, 33, 33], [79, 257, 104, 33, 258, 33]))
-    pieces = list(stream_text(None, BYTES, [0], 100, samples=2))
-    assert ["".join(piece) for piece in zip(*pieces)] == ["Hi", "Oh!"] and len(pieces) == 5
+def call(monkeypatch, *arguments, stdin: str = "") -> str:
+    """sample.main() with streams that are no files, as in a notebook. -> what it wrote"""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    for name, stream in dict(stdin=io.StringIO(stdin), stdout=io.StringIO(), stderr=io.StringIO()).items():
+        monkeypatch.setattr(sys, name, stream)
+    sample.main()
+    return sys.stdout.getvalue()
 
 
-def test_embeddings_of_one_id_and_of_many_agree():
-    """Few ids are summed and then projected, many the other way round (TokenGenerator.latent)."""
-    for twin in TWINS[:2]:
-        model = LanguageModel(Config(**TINY | twin)).double()
-        table = model.embed_tokens.table()
-        one_by_one = torch.cat([model.embed_tokens(torch.tensor([i])) for i in range(97)])
-        torch.testing.assert_close(table, one_by_one, rtol=1e-9, atol=1e-12)
-        assert F.cosine_similarity(table[0], table[1], dim=0) < 0.99
+def test_from_a_checkpoint_to_text(monkeypatch, saved, tmp_path):
+    saved(Config(**TINY | dict(vocab_size=300)), tmp_path)
+    text = call(monkeypatch, tmp_path, "--prompt", "def né(", "--tokens", 30)
+    assert text.startswith("def né(") and len(text) > 20 and "the model sees the last 8 to 16 tokens only" in sys.stderr.getvalue()
+    assert text == call(monkeypatch, tmp_path / "step-00000002", "--prompt", "-", "--tokens", 30, stdin="def né(")
+    assert text != call(monkeypatch, tmp_path, "--prompt", "def né(", "--tokens", 30, "--seed", 1)
+    two = call(monkeypatch, tmp_path, "--prompt", "def né(", "--tokens", 30, "--samples", 2)
+    assert two.startswith(f"--- sample 0 ---\n{text}--- sample 1 ---\ndef né(")
+    done = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path, "--prompt", "def né(", "--tokens", "30"],
+                          capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii", OMP_NUM_THREADS="1"))
+    assert done.stdout.startswith(b"def n?(") and done.returncode == 0          # a terminal that lacks a character
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--tokens 0", "--tokens 0: give 1 to"), ("--temperature -1", "--temperature -1.0: give 0 to"), ("--top-p 0", "--top-p 0.0"),
+    ("--temperature nan", "--temperature nan"), ("--samples 0", "--samples 0"), ("--seed -1", "--seed -1: give 0 to"),
+    ("--device tpu", "--device tpu: there is none here; choose from .*cpu"), ("nowhere", "no checkpoint in nowhere: name a folder"),
+    ("other", "tokenizer.json is not the model's .*300 ids, but the model has 97"), ("damaged", "tokenizer.json is not the model's"),
+    ("empty", "tokenizer.json is not the model's")])
+def test_what_cannot_be_is_one_line(monkeypatch, saved, tmp_path, flags, message):
+    saved(Config(**TINY | dict(vocab_size=97 if flags == "other" else 300)), tmp_path / "run")
+    path = tmp_path / "run/step-00000002/tokenizer.json"
+    if flags in ("damaged", "empty"):
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps(known | dict(tokens=known["tokens"][:-1])) if flags == "damaged" else "")
+    arguments = ["nowhere"] if flags == "nowhere" else [tmp_path / "run", *flags.split()] if "-" in flags else [tmp_path / "run"]
+    with pytest.raises(ValueError, match=message) as raised:
+        call(monkeypatch, *arguments)
+    assert "\n" not in str(raised.value)

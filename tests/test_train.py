@@ -1,135 +1,384 @@
-"""train.py and sample.py as a user runs them: stopped, compiled, under autocast, read from a pipe."""
+"""train.py: the same run on any layout, stopped in any way, on any disk; what cannot be is one clear line."""
+import errno
+import io
 import json
+import os
+import resource
+import runpy
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from kill_train import FLAGS, FULL, ROOT, finish, result, start
 
 import train
-from leviathan import Config, LanguageModel
+from leviathan import Config, LanguageModel, TokenGenerator, load
+from prepare_pile import Windows
+from train import PRESETS, Training, compile_parts, learning_rate, preset, start_from, window_stream
 
-HERE = Path(__file__).parent.parent
-SMALL = ("--device cpu --seq-len 32 --d-model 32 --n-layers 2 --n-heads 2 --d-seed 16 --mode-width 2 --tokens-per-step 256 "
-         "--eval-tokens 512").split()
-
-
-def script(name, *arguments, **how):
-    return subprocess.run([sys.executable, HERE / name, *map(str, arguments)], capture_output=True, text=True, timeout=300, **how)
+SHAPE = dict(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1)  # of FLAGS
+EIGHT = "--steps 8 --save-every 4 --eval-every 4 --keep 9".split()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny_data, number):
-    out = tmp_path / "run"
-    command = [sys.executable, str(HERE / "train.py"), "--data", str(tiny_data), "--out", str(out), *SMALL, "--steps", "100000",
-               "--save-every", "100000", "--eval-every", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = out / "log.jsonl"
-    deadline = time.time() + 60
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert process.returncode == 0, stderr
-    assert [path.name for path in out.glob("step-*")] == [f"step-{len(lines):08d}"]
-    assert "to go on, give the same command with --resume" in stdout.splitlines()[-1]
+def loopback_works() -> bool:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
+            return True
+    except OSError:
+        return False
 
 
-def test_resume_without_a_checkpoint_starts_anew(tmp_path, tiny_data):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 9.0}\nhalf a li')
-    done = script("train.py", "--data", tiny_data, "--out", tmp_path, *SMALL, "--steps", 2, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+needs_loopback = pytest.mark.skipif(not loopback_works(), reason="ranks talk over 127.0.0.1, not reachable here")
 
 
-def test_prepares_the_default_data_and_samples(tmp_path):
-    """The first command of the README, cut to two steps; then text from its checkpoint by argument, file and pipe."""
-    done = script("train.py", *SMALL, "--steps", 2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "data/stdlib/meta.json").exists() and (tmp_path / "out/leviathan-nano/curves.png").exists()
-    (tmp_path / "prompt.txt").write_text("import os")
-    texts = [script("sample.py", "out/leviathan-nano", "--tokens", 20, *how, cwd=tmp_path, input="import os")
-             for how in (["--prompt", "import os"], ["--prompt", "-"], ["--prompt-file", "prompt.txt"], ["--seed", "1"])]
-    assert all(done.returncode == 0 for done in texts), texts
-    assert texts[0].stdout == texts[1].stdout == texts[2].stdout != texts[3].stdout
-    assert texts[0].stdout.startswith("import os") and len(texts[0].stdout) > 20
+def run(out, data, *flags) -> dict:
+    """train.main() as from the command line, though it keeps its hands off our streams. -> result(out)"""
+    torch.set_num_threads(1)                        # as in processes of their own: equal to the bit
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    command = ["train.py", *FLAGS, "--data", str(data), "--out", str(out), *flags]
+    try:
+        with mock.patch.object(sys, "argv", command), mock.patch.object(os, "dup2"):
+            train.main()
+    finally:
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+    return result(Path(out))
 
 
-@pytest.mark.parametrize("model", ["leviathan", "dense"])
-def test_bfloat16_autocast_trains_alike(tmp_path, tiny_data, model):
-    losses = {}
-    for dtype in ("float32", "bfloat16"):
-        done = script("train.py", "--model", model, "--data", tiny_data, "--out", tmp_path / dtype, *SMALL, "--steps", 8,
-                      "--dtype", dtype)
-        assert done.returncode == 0, done.stderr
-        losses[dtype] = [json.loads(line)["loss"] for line in (tmp_path / dtype / "log.jsonl").read_text().splitlines()]
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3) and losses["bfloat16"] != losses["float32"]
-    weights = torch.load(tmp_path / "bfloat16/step-00000008/model.pt", weights_only=True)
-    assert {w.dtype for w in weights.values()} <= {torch.float32, torch.int64}
+@contextmanager
+def during(number: int, action):
+    """Do this within that step, counted from 0."""
+    def rate(step, t):
+        if step == number:
+            action()
+        return learning_rate(step, t)
+    with mock.patch.object(train, "learning_rate", rate):
+        yield
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_compute_the_same(tiny_data):
-    """Block by block, without graph breaks; then with the modes; and no name of a parameter changes."""
-    model, compiled = (LanguageModel(Config(vocab_size=97, seq_len=16, d_model=32, n_layers=2, n_heads=2, d_seed=8, mode_width=1))
-                       for _ in range(2))
-    for layer in compiled.layers:
-        layer.compile(fullgraph=True)
-    compiled.embed_tokens.compile_modes()
-    ids = torch.randint(97, (2, 17))
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch, tmp_path):
+    """On a disk that refuses to fsync folders, as CIFS and some FUSE file systems do."""
+    def fsync(number, fsync=os.fsync):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(number)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data, tmp_path_factory) -> Path:
+    """An undisturbed run of EIGHT steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(out, tiny_data, *EIGHT)
+    return out
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    """A copy of it that may be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+# ---- settings and the order of the data --------------------------------------------------------------
+
+def test_learning_rate_by_hand():
+    t = Training(steps=12, warmup_steps=4, learning_rate=0.8, final_rate=0.5)
+    expected = [0.2, 0.4, 0.6, 0.8, 0.8, 0.4 + 0.2 * (1 + 2**-0.5), 0.6, 0.4]  # cosines of 0, π/4, π/2 and π
+    assert [learning_rate(step, t) for step in (0, 1, 2, 3, 4, 6, 8, 12)] == pytest.approx(expected)
+    assert learning_rate(0, Training(warmup_steps=0, learning_rate=0.8)) == 0.8
+
+
+def test_every_preset_is_a_model_with_a_recipe():
+    for name in PRESETS:
+        t, config = Training(preset=name), preset(name)
+        with torch.device("meta"):
+            assert LanguageModel(config).config == config
+        assert t.tokens_per_step % config.seq_len == 0 and 0 < t.warmup_steps < t.steps
+    assert Training(preset="60m", steps=7).steps == 7 and preset("60m", d_model=64).d_model == 64
+
+
+def test_each_epoch_has_every_window_once(tiny_data):
+    """In another order; and any number of ranks reads the same windows, here across the end of an epoch."""
+    windows = Windows(tiny_data, "train", 32)
+    n, in_file_order = len(windows), [windows[i].tolist() for i in range(len(windows))]
+    stream = window_stream(windows, range(2 * n), seed=3)
+    first, second = stream[:n].tolist(), stream[n:].tolist()
+    assert sorted(first) == sorted(second) == sorted(in_file_order)
+    assert first != second != in_file_order != first != window_stream(windows, range(n), seed=4).tolist()
+    for world in (2, 3, 7):
+        for rank in range(world):
+            own = range(n - 4 + rank, n + 17, world)
+            assert np.array_equal(window_stream(windows, own, seed=3), stream[own])
+
+
+# ---- the same run ------------------------------------------------------------------------------------
+
+@needs_loopback
+def test_any_layout_is_the_same_run(tmp_path, tiny_data):
+    """Eight windows a step: at once, by 3, on 4 ranks by 1; on 2 ranks that go on where the newest is damaged."""
+    flags = [*EIGHT, "--dtype", "float64"]
+    expected = run("one", tiny_data, *flags)
+    found = [run("three", tiny_data, *flags, "--micro-batch", "3")]
+    shutil.copytree("one", "two")
+    Path("two/step-00000008/model.pt").write_bytes(b"")
+    for ranks, out, more in ((4, "four", ["--micro-batch", "1"]), (2, "two", ["--micro-batch", "3", "--resume"])):
+        error = finish(start(tmp_path / out, tiny_data, *flags, *more, ranks=ranks))
+        assert Path(out, "curves.png").exists(), error
+        found.append(result(Path(out)))
+    assert Path("two/step-00000008.damaged").exists()
+    for other in found:
+        assert other.keys() == expected.keys() and len(other["log"]) == 8       # no "module." before a name
+        for ours, theirs in zip(expected["log"], other["log"]):
+            assert ours == pytest.approx(theirs, rel=1e-10, abs=0)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_finishes_the_step_and_saves(name, tiny_data, whole):
+    with during(2, lambda: os.kill(os.getpid(), getattr(signal, name))):
+        stopped = run("run", tiny_data, *EIGHT)
+    assert len(stopped["log"]) == int(stopped["step"][-1]) in (3, 4)
+    assert run("run", tiny_data, *EIGHT, "--resume") == result(whole)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_an_output_that_is_gone_saves_and_ends(tiny_data, whole, kind):
+    """As in `train.py 2>&1 | head -1`; and where a terminal is closed whose signal does not come."""
+    reader, writer = os.pipe() if kind == "pipe" else os.openpty()
+    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--data", str(tiny_data), "--out", "run", *EIGHT]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    assert process.wait(60) == 0
+    stopped = result(Path("run"))
+    assert len(stopped["log"]) == int(stopped["step"][-1]) < 8
+    assert run("run", tiny_data, *EIGHT, "--resume") == result(whole)
+
+
+@pytest.mark.parametrize("file, cut", [("model.pt", None), ("optimizer.pt", None), ("model.pt", 0), ("config.json", 99)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(copy, tiny_data, whole, capsys, file, cut):
+    """One bit flipped, all or some of it lost."""
+    path = copy / "step-00000008" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if cut is None else content[:cut])
+    assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
+    line, = (line for line in capsys.readouterr().out.splitlines() if "step-00000008.damaged" in line)
+    assert str(path.parent) in line and {"step-00000008.damaged", "step-00000004"} <= set(os.listdir(copy))
+
+
+def test_no_whole_checkpoint_changes_nothing(copy, tiny_data):
+    for path in copy.glob("step-*/model.pt"):
+        path.write_bytes(b"")
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(ValueError, match="nothing to resume: no checkpoint in .*copy is whole"):
+        run(copy, tiny_data, *EIGHT, "--resume")
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_a_run_that_has_saved_nothing_begins_again(tiny_data, whole):
+    """As after SIGKILL before the first checkpoint."""
+    os.makedirs("run/step-00000004.partial")
+    Path("run/log.jsonl").write_text('{"step": 1, "tokens": 256, "loss": 9.0}\n')
+    assert run("run", tiny_data, *EIGHT, "--resume") == result(whole)
+    assert sorted(os.listdir("run")) == sorted(os.listdir(whole))
+
+
+@pytest.mark.parametrize("damage", ['{"step": 3, "tok', '[1]\n7\n"x"\n{}\n{"step": 1}\n{"step": "3"}\n\x80\n\0', None])
+def test_a_damaged_log_is_survived(copy, tiny_data, whole, damage):
+    """Behind its second line, or all of it lost; of a finished run, and of one that is not."""
+    expected, path = result(whole)["log"], copy / "log.jsonl"
+    for step in (8, 4):
+        path.unlink()
+        if damage is not None:
+            path.write_text("".join(json.dumps(line) + "\n" for line in expected[:2]) + damage, encoding="latin-1")
+        kept = [] if damage is None else expected[:2]
+        assert run(copy, tiny_data, *EIGHT, "--resume")["log"] == kept + expected[step:]
+        shutil.rmtree(copy / "step-00000008")
+
+
+# ---- a folder of the user's, with others and on a full disk ------------------------------------------
+
+def test_two_runs_in_one_folder_are_refused(tiny_data, whole):
+    """While a run is in a step another is started there, anew and with --resume."""
+    def others():
+        for flags, message in (([], "run is not empty: go on with --resume, or"), (["--resume"], "another run")):
+            with pytest.raises(ValueError, match=message):
+                run("run", tiny_data, *EIGHT, *flags)
+    os.mkdir("run")
+    with during(5, others):
+        assert run("run", tiny_data, *EIGHT) == result(whole)
+    held = train.sole_writer(Path("run"))
+    Path("run/log.jsonl").rename("log.jsonl")
+    with held, pytest.raises(ValueError, match="another run is writing run"):
+        run("run", tiny_data, *EIGHT, "--resume")
+
+
+def test_a_users_copies_are_neither_deleted_nor_resumed(copy, tiny_data):
+    names = ["step-00000004-good1", "step-00000004.bak", "step-99999999-mine", "step-mine.partial"]
+    for name in names:
+        shutil.copytree(copy / "step-00000004", copy / name)
+    shutil.rmtree(copy / "step-00000008")
+    assert len(run(copy, tiny_data, *EIGHT, "--resume", "--keep", "2", "--save-every", "1")["log"]) == 8
+    assert {path.name for path in copy.glob("step-*")} == {*names, "step-00000007", "step-00000008"}
+
+
+def test_a_disk_that_fills_while_saving(tiny_data, whole):
+    """The line says what happened; the checkpoint before stays, and the run goes on from it."""
+    none, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"^step 8 could not be saved in run \(.*File too large\).*--resume[^\n]*$"
+    with during(6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, most))):
+        with pytest.raises(ValueError, match=message):
+            run("run", tiny_data, *EIGHT)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (none, most))
+    assert sorted(os.listdir("run")) == [".lock", "log.jsonl", "step-00000004"]
+    assert run("run", tiny_data, *EIGHT, "--resume") == result(whole)
+
+
+# ---- where a run starts, and what may not change -----------------------------------------------------
+
+@pytest.mark.parametrize("flags", ["--steps 9", "--d-model 64", "--seed 1", "--model dense", "--no-centred"])
+def test_resume_refuses_another_model_or_schedule(copy, tiny_data, flags):
+    flag, value = f"{flags} False".replace("no-", "").split()[:2]
+    with pytest.raises(ValueError, match=f"{flag} is {value}, but the run in .*copy has"):
+        run(copy, tiny_data, *EIGHT, "--resume", *flags.split())
+
+
+def test_resume_refuses_other_data_of_equal_counts(copy, tiny_data):
+    shutil.copytree(tiny_data, "other")
+    meta = json.loads(Path("other/meta.json").read_text())
+    meta["train"]["shards"][0]["sha256"] = 64 * "0"
+    Path("other/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="other is not what the run in .*copy was trained on"):
+        run(copy, "other", *EIGHT, "--resume")
+
+
+CODEBOOKS = {"embed_tokens.codebooks": TokenGenerator(300, 32, n_coords=2, base=20, d_seed=4).codebooks.data}
+ADDRESSES = {"embed_tokens.addresses": torch.arange(300).flip(0)}
+TABLE = {"embed_tokens.weight": torch.ones(300, 32)}
+
+
+@pytest.mark.parametrize("settings, given, head", [
+    (dict(), CODEBOOKS | ADDRESSES, {}), (dict(generator="lev"), ADDRESSES, {}), (dict(model="dense-untied"), TABLE, {}),
+    (dict(model="dense"), TABLE, {"lm_head.weight": TABLE["embed_tokens.weight"]})], ids=str)
+def test_start_from_a_file(settings, given, head):
+    """Codebooks of another base, addresses; a table for the twins. All else is as without."""
+    torch.save(given, "start.pt")
+    config = Config(**SHAPE | settings)
+    model, others = start_from("start.pt", config, 0), LanguageModel(config).state_dict()
+    expected = {name: x for name, x in others.items() if "embed" not in name} | given | head
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in expected.items())
+    assert model.config.d_seed == (4 if given.keys() > ADDRESSES.keys() else 8)
+
+
+@pytest.mark.parametrize("flags, n_layers", [
+    ("--start start.pt --n-coords 3", 1),
+    ("--isoparametric --d-model 4 --n-heads 1 --n-modes 1 --n-knots 3", 4)])    # 1 + (1,200 - 308) // 264
+def test_the_same_command_goes_on(tiny_data, flags, n_layers):
+    """Though the file, or the size of the twin, has decided about the shape."""
+    torch.save(CODEBOOKS | ADDRESSES, "start.pt")
+    flags = [*EIGHT, *flags.split()]
+    expected = run("run", tiny_data, *flags)
+    assert load("run").config.n_layers == n_layers
+    shutil.rmtree("run/step-00000008")
+    assert run("run", tiny_data, *flags, "--resume") == expected
+
+
+@pytest.mark.parametrize("model, content", [
+    ("leviathan", {"embed_tokens.codebooks": torch.ones(3, 2, 8)}), ("leviathan", {"embed_tokens.codebooks": 3}),
+    ("leviathan", {"embed_tokens.addresses": torch.zeros(300, dtype=torch.int64)}), ("leviathan", [1]),
+    ("leviathan", {"colour": torch.ones(1)}), ("leviathan", torch.ones(2)), ("leviathan", None),
+    ("dense-untied", {"embed_tokens.weight": torch.ones(299, 32)}), ("dense", CODEBOOKS)])
+def test_a_start_that_does_not_fit(tiny_data, model, content):
+    Path("start.pt").write_text("text") if content is None else torch.save(content, "start.pt")
+    with pytest.raises(ValueError, match=r"^[^\n]*start\.pt[^\n]*$"):
+        run("run", tiny_data, *EIGHT, "--model", model, "--start", "start.pt")
+    assert os.listdir() == ["start.pt"]
+
+
+# ---- numbers, compiler, bar, and what the user sees --------------------------------------------------
+
+def test_bfloat16_trains_alike(tiny_data, whole):
+    ours = [line["loss"] for line in run("run", tiny_data, *EIGHT, "--dtype", "bfloat16")["log"]]
+    theirs = [line["loss"] for line in result(whole)["log"]]
+    assert ours == pytest.approx(theirs, rel=5e-3) and ours != theirs
+    assert {w.dtype for w in load("run").parameters()} == {torch.float32}
+
+
+def test_compiled_parts_compute_the_same(monkeypatch):
+    """Without graph breaks, and without a prefix to any name; by torch's own derivation, without C++."""
+    def compiler(module, compile=torch.nn.Module.compile, **how):
+        compile(module, **how, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
+    model, compiled = LanguageModel(Config(**SHAPE)), LanguageModel(Config(**SHAPE))
+    compile_parts(compiled)
     for m in (model, compiled):
-        m(ids[:, :-1], ids[:, 1:]).backward()
-    assert model.state_dict().keys() == compiled.state_dict().keys()
-    for (name, a), b in zip(model.named_parameters(), compiled.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"{name}: {m}")
+        m(torch.arange(32).view(2, 16), torch.arange(32).view(2, 16)).backward()
+    for (name, a), (compiled_name, b) in zip(model.named_parameters(), compiled.named_parameters()):
+        assert name == compiled_name
+        torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("", ("learned", "vectors", 256)), ("--base 9", ("learned", "vectors", 9)), ("--addresses learned --start noise",
-    ("learned", "noise", 256)), ("--paper", ("id", "noise", 7)), ("--addresses id", ("id", "noise", 7)),
-    ("--model dense", ("id", "noise", 256)), ("--paper --addresses learned", ("learned", "vectors", 256))])
-def test_where_a_model_starts(tmp_path, tiny_data, monkeypatch, flags, expected):
-    """Learned addresses and a start from the vectors by default; the id and noise in the paper's reading and in twins."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(tiny_data), "--out", str(tmp_path), *SMALL, "--steps", "1",
-                                      *flags.split()])
-    train.main()
-    about = json.loads((tmp_path / "step-00000001/config.json").read_text())
-    assert (about["training"]["addresses"], about["training"]["start"], about["config"]["base"]) == expected
+def test_the_default_data_is_made_once(tiny_data, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "prepare_stdlib", lambda folder: made.append(shutil.copytree(tiny_data, folder)))
+    run("one", "data/stdlib", "--steps", "1"), run("two", "data/stdlib", "--steps", "1")
+    assert made == [Path("data/stdlib")]
 
 
-def test_a_loss_that_jumps_is_marked(tmp_path, tiny_data, monkeypatch, capsys):
-    """One step of a thousand times the rate; the same run goes on from a checkpoint with the same marks."""
-    rate = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda step, t: rate(step, t) * (1_000 if step == 30 else 1))
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
-    flags = ["train.py", "--data", str(tiny_data), "--out", str(tmp_path / "run"), *SMALL, "--steps", "36", "--save-every", "25"]
-    monkeypatch.setattr(sys, "argv", flags)
-    train.main()
-    marks = [line["step"] for line in train.read_log(tmp_path / "run/log.jsonl") if line.get("spike")]
-    assert marks and marks[0] == 32 and "step     32  the loss has jumped to" in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "run/step-00000036")
-    monkeypatch.setattr(sys, "argv", [*flags, "--resume"])
-    train.main()
-    assert [line["step"] for line in train.read_log(tmp_path / "run/log.jsonl") if line.get("spike")] == marks
+@pytest.mark.parametrize("terminal, disable, seen", [(True, "", True), (True, "1", False), (False, "", False)])
+def test_the_bar_is_for_terminals(tiny_data, monkeypatch, terminal, disable, seen):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.isatty = lambda: terminal
+    monkeypatch.setenv("TQDM_DISABLE", disable)
+    run("run", tiny_data, *EIGHT)
+    assert ("8/8" in sys.stderr.getvalue()) == seen == (sys.stderr.getvalue() != "")
 
 
-@pytest.mark.parametrize("flags", [[], ["--decay-splines"], ["--model", "dense"],
-                                   ["--model", "dense-untied", "--start", "vectors"]],
-                         ids=str)
-def test_every_kind_of_run_goes_on(tmp_path, tiny_data, monkeypatch, flags):
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
-    flags = ["train.py", "--data", str(tiny_data), "--out", str(tmp_path / "run"), *SMALL, "--steps", "3", *flags]
-    monkeypatch.setattr(sys, "argv", flags)
-    train.main()
-    log, weights = train.read_log(tmp_path / "run/log.jsonl"), (tmp_path / "run/step-00000003/model.pt").read_bytes()
-    shutil.rmtree(tmp_path / "run/step-00000003")
-    monkeypatch.setattr(sys, "argv", [*flags, "--resume"])
-    train.main()
-    assert [line["loss"] for line in train.read_log(tmp_path / "run/log.jsonl")] == [line["loss"] for line in log]
-    assert (tmp_path / "run/step-00000003/model.pt").read_bytes() == weights
+def test_a_loss_that_is_not_finite(tiny_data):
+    flags = "--learning-rate 1e18 --clip 1e18 --save-every 1".split()
+    with pytest.raises(ValueError, match=r"^step \d: the loss is .*lower --learning-rate .*saved: run/step-0000000\d$"):
+        run("run", tiny_data, *EIGHT, *flags)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--preset huge", "--preset huge .* 60m, 270m,"), ("--dtype float8", "--dtype float8 .* float32, bfloat16"),
+    ("--model gpt", "unknown model 'gpt': .* dense,"), ("--generator v3", "unknown generator 'v3': .* v1, lev"),
+    ("--eval-every 0", "--eval-every is 0: .* above 0"), ("--save-every 0", "--save-every is 0: .* above 0"),
+    ("--seed -1", "--seed is -1: .* at least 0"), (f"--seed {2**70}", "--seed is 1180591620717411303424: "),
+    ("--learning-rate nan", "--learning-rate is nan"), ("--beta1 1.5", "--beta1 is 1.5: .*at most 1"),
+    ("--keep 0", "--keep is 0: .* above 0"), ("--n-layers 0", "n_layers is 0"), ("--base 2", "3 digits of base 2"),
+    ("--d-model 30 --n-heads 4", "d_model 30 must"), ("--device tpu", "--device tpu: there is none here"),
+    ("--data nowhere", "no prepared data in nowhere"), ("--data unfinished", "unfinished is unfinished"),
+    ("--vocab-size 299", "--vocab-size 299: .* 300"), ("--tokens-per-step 100", "a multiple of --seq-len 32"),
+    ("--seq-len 99968 --tokens-per-step 99968", "shorter than one window of 99969"), ("--start no.pt", "no.pt"),
+    ("--isoparametric --model dense", "--isoparametric deepens Leviathan"), ("--resume", "there is no run")])
+def test_what_cannot_be_is_one_line_and_leaves_nothing(tiny_data, flags, message):
+    if "unfinished" in flags:
+        shutil.copytree(tiny_data, "unfinished")
+        meta = json.loads(Path("unfinished/meta.json").read_text())
+        Path("unfinished/meta.json").write_text(json.dumps(meta | dict(finished=False)))
+    with pytest.raises(ValueError, match=message) as raised:
+        run("run", tiny_data, *flags.split())
+    assert "\n" not in str(raised.value) and not os.path.exists("run")
+
+
+def test_what_a_user_sees(monkeypatch):
+    """One line and exit status 1: here of a rank that nobody has told where the others are."""
+    for name, value in dict(WORLD_SIZE="2", RANK="0").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"^train.py: .*MASTER_ADDR[^\n]*$"):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert not os.listdir()

@@ -1,0 +1,206 @@
+"""What is learned: paired runs of train.py, their tables and figures.
+
+    python -m lab.campaign --experiments first-run --jobs 2     # -> OUT/tables.md, OUT/first-run.png
+    python -m lab.campaign --experiments width --train "--data data/mine --steps 600" --out out/mine
+
+An experiment is a few variants, each some flags of train.py on top of what all share. Each runs once a seed:
+the same tokens in the same order, the same blocks and head at first. A run is JSON lines in OUT/runs, with
+its model beside them. What is there is not run again, so a campaign can be stopped and gone on with.
+"""
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, cycle
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+
+from lab import addresses
+from leviathan import Config, load
+from prepare_pile import prepare_stdlib, written_whole
+from train import PRESETS, Training
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+STARTS = {      # {name} among flags is a file that lab.addresses writes of the data, with these settings
+    "table": dict(model="dense-untied"), "learned": dict(), "noise": dict(noise=True),
+    "shuffled": dict(addresses="shuffled", noise=True), "frequency": dict(addresses="frequency", noise=True)}
+TWINS = {"dense": "--model dense", "dense-untied": "--model dense-untied"}
+CONTROL = {"control, from vectors": "--model dense-untied --start {table}"}     # the same knowledge
+OURS = "--model leviathan"
+EXPERIMENTS = {
+    "first-run": TWINS | CONTROL | {
+        "leviathan": OURS, "leviathan, uncentred": f"{OURS} --no-centred",
+        "leviathan, lev": f"{OURS} --generator lev", "leviathan, from vectors": OURS + " --start {learned}"},
+    "addresses": TWINS | CONTROL | {
+        "id": OURS, "shuffled": OURS + " --start {shuffled}", "frequency": OURS + " --start {frequency}",
+        "learned": OURS + " --start {noise}", "learned, from vectors": OURS + " --start {learned}"},
+    "isoparametric": TWINS | {"leviathan": OURS, "leviathan, deepened": f"{OURS} --isoparametric"},
+    "width": TWINS | {f"mode width {r}": f"{OURS} --mode-width {r}" for r in (1, 8, 32, 64)},
+    "rate": {f"{model}, {rate:g}": f"--model {model} --learning-rate {rate:g}"
+             for model in (*TWINS, "leviathan") for rate in (1e-3, 2e-3, 4e-3, 8e-3)},
+    "warmup": {f"{model}, {steps}": f"--model {model} --warmup-steps {steps}"
+               for model in (*TWINS, "leviathan") for steps in (15, 30, 60, 120, 240)},
+}
+SWEEPS = {"rate", "warmup"}     # of one seed, in a table alone: what is best is then repeated
+MAKING = Lock()
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+
+def ready(flags: list[str], out: Path) -> list:
+    """The flags with a file for each {name}. Makes it, and the default data, where it is not there."""
+    given = dict(zip(flags, flags[1:]))                 # behind a flag stands its value
+    data, d_seed = given.get("--data", Training.data), int(given.get("--d-seed", Config.d_seed))
+    preset = PRESETS.get(given.get("--preset"), PRESETS[Training.preset])   # an unknown one train.py refuses
+    d_model = int(given.get("--d-model", preset["d_model"]))
+    with MAKING:
+        if data == Training.data and not Path(data).exists():
+            prepare_stdlib(data)
+        for i, name in [(i, flag[1:-1]) for i, flag in enumerate(flags) if flag[1:-1] in STARTS]:
+            flags[i] = out / "starts" / f"{Path(data).name}-{name}-{d_seed}-{d_model}.pt"
+            if not flags[i].exists():
+                addresses.write(flags[i], data, d_seed=d_seed, d_model=d_model, **STARTS[name])
+    return flags
+
+
+def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: float) -> dict | None:
+    """One run, made if it is not there. -> settings, and train.py's lines as "log"; None: no time for it"""
+    slug = re.sub("[^a-z0-9.]+", "-", flags.removeprefix("--model ")).strip("-")
+    folder, file = (out / "runs" / f"{slug}.seed-{seed}{suffix}" for suffix in ("", ".jsonl"))
+    if not file.exists():
+        if time.monotonic() > deadline:
+            return None
+        shutil.rmtree(folder, ignore_errors=True)       # of a run that was stopped
+        given = [*ready([*shlex.split(shared), *flags.split()], out), "--seed", str(seed), "--out", folder]
+        done = subprocess.run([sys.executable, TRAIN, *given, "--save-every", "1000000"], capture_output=True,
+                              text=True, env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
+        if done.returncode:
+            reason = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise ValueError(f"the run {flags!r} of seed {seed} failed: {reason}")
+        checkpoint = max(folder.glob("step-*"))
+        about = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        if about["step"] < about["training"]["steps"]:  # Ctrl-C reaches it too
+            raise ValueError(f"the run {flags!r} of seed {seed} was stopped: the same command goes on")
+        (checkpoint / "optimizer.pt").unlink()
+        head = dict(flags=flags, shared=shared, seed=seed, parameters=load(checkpoint).parameters_by_part(),
+                    config=about["config"], training=about["training"])
+        with written_whole(file) as path:
+            path.write_text(json.dumps(head) + "\n" + (folder / "log.jsonl").read_text(encoding="utf-8"))
+    head, *log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if head["shared"] != shared:
+        raise ValueError(f"{file} was run with --train {head['shared']!r}, not {shared!r}: change --out")
+    print(f"{log[-1]['val_loss']:.4f}  seed {seed}  {flags}", flush=True)
+    return head | dict(log=log)
+
+
+def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs=1, minutes=float("inf")) -> dict:
+    """Run what is missing, until the time is up. -> {experiment: {variant: [runs]}} of what is there"""
+    deadline, threads = time.monotonic() + 60 * minutes, max(1, torch.get_num_threads() // jobs)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    keys = dict.fromkeys((flags, seed) for seed in range(seeds) for name in names
+                         for flags in EXPERIMENTS[name].values() if seed == 0 or name not in SWEEPS)
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = dict(zip(keys, pool.map(lambda key: run(*key, shared, out, threads, deadline), keys)))
+    if None in runs.values():
+        print(f"{[*runs.values()].count(None)} runs had no time: the same command goes on")
+    return {name: {variant: own for variant, flags in EXPERIMENTS[name].items()
+                   if (own := [runs[flags, seed] for seed in range(seeds) if runs.get((flags, seed))])}
+            for name in names}
+
+
+# ---- what came out -----------------------------------------------------------------------------------------
+
+def seconds(run: dict) -> np.ndarray:
+    """Of training, until the end of each step."""
+    return np.cumsum([run["log"][0]["tokens"] / line["tokens_per_second"] for line in run["log"]])
+
+
+def spread(values, sign: str = "") -> str:
+    return f"{np.mean(values):{sign}.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def as_table(variants: dict) -> str:
+    """Markdown: last validation losses, and how much they differ from the first variant's, seed by seed."""
+    first = next(iter(variants))
+    base = {run["seed"]: run["log"][-1]["val_loss"] for run in variants[first]}
+    rows = [f"| variant | parameters, M | embedding, M | validation loss | minus {first} | seconds | seeds |",
+            "|---" * 7 + "|"]
+    for name, runs in variants.items():
+        parts, losses = runs[0]["parameters"], [run["log"][-1]["val_loss"] for run in runs]
+        gaps = [loss - base[run["seed"]] for loss, run in zip(losses, runs) if run["seed"] in base]
+        rows.append(f"| {name} | {sum(parts.values()) / 1e6:.2f} | {parts['embedding'] / 1e6:.2f} "
+                    f"| {spread(losses)} | {spread(gaps, '+') if gaps and name != first else ''} "
+                    f"| {np.mean([seconds(run)[-1] for run in runs]):,.0f} | {len(runs)} |")
+    return "\n".join(rows)
+
+
+def draw(variants: dict, path: Path, title: str):
+    """Validation loss against time and tokens: means, and bands from the lowest seed to the highest."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    tables = cycle((dict(color="0.55"), dict(color="0.15"), dict(color="0.15", ls="--")))
+    generators, ends = (dict(color=f"C{i}") for i in count()), []
+    for name, runs in variants.items():
+        style = next(generators if runs[0]["config"]["model"] == "leviathan" else tables)
+        steps = np.array([line["step"] for line in runs[0]["log"] if "val_loss" in line])
+        losses = np.array([[run["log"][step - 1]["val_loss"] for step in steps] for run in runs])
+        minutes = np.mean([seconds(run)[steps - 1] for run in runs], axis=0) / 60
+        tokens = steps * runs[0]["training"]["tokens_per_step"] / 1e6
+        for ax, x, label in zip(axes, (minutes, tokens), ("minutes of training", "million training tokens")):
+            ax.plot(x, losses.mean(0), lw=2, **style)
+            ax.fill_between(x, losses.min(0), losses.max(0), alpha=0.2, lw=0, color=style["color"])
+            ax.set_xlabel(label)
+            ax.spines[["top", "right"]].set_visible(False)
+        ends.append((losses[:, -1].mean(), name, style["color"]))
+    axes[0].set(ylabel="validation loss, nats per token")
+    place, line = 0, np.ptp(axes[0].get_ylim()) / 20
+    for loss, name, color in sorted(ends):              # each name where its curve ends, or above another
+        place = max(loss, place + line)
+        axes[1].annotate(f"{name}  {loss:.3f}", (1.04, place), xycoords=axes[1].get_yaxis_transform(),
+                         color=color, va="center", annotation_clip=False)
+    fig.suptitle(title, fontsize=10)
+    fig.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Paired runs of train.py.", allow_abbrev=False)
+    parser.add_argument("--experiments", nargs="+", default=["first-run"], choices=EXPERIMENTS,
+                        metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant [%(default)s]")
+    parser.add_argument("--train", default="", metavar="FLAGS", help="of train.py that all share, in quotes")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores [%(default)s]")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--out", type=Path, default=Path("out/campaign"), help="[%(default)s]")
+    args = parser.parse_args()
+    if min(args.seeds, args.jobs) < 1:
+        raise ValueError("--seeds and --jobs must be at least 1")
+    found = campaign(args.experiments, args.train, args.seeds, args.out, args.jobs, args.minutes)
+    tables = []
+    for name, variants in found.items():
+        if variants:
+            t = next(iter(variants.values()))[0]["training"]
+            title = (f"{name}: {t['preset']}, {t['steps']:,} steps of {t['tokens_per_step']:,} tokens, "
+                     f"{Path(t['data']).name}")
+            tables.append(f"{title}\n\n{as_table(variants)}\n")
+            if name not in SWEEPS:
+                draw(variants, args.out / f"{name}.png", title)
+    print("\n" + "\n".join(tables))
+    (args.out / "tables.md").write_text("\n".join(tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"lab.campaign: {error}")

@@ -1,0 +1,271 @@
+"""The generator and the model as modules of other people's code: types, copies, devices, hooks, adapters."""
+import copy
+import pickle
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import leviathan
+from leviathan import GENERATORS, Config, LanguageModel, TokenGenerator, linear_cross_entropy
+
+SIZES = dict(d_seed=12, n_modes=4, mode_width=2)
+TINY = dict(vocab_size=97, seq_len=16, d_model=32, n_layers=1, n_heads=2, **SIZES)
+TWINS = [dict(generator="v1"), dict(generator="lev"), dict(model="dense"), dict(model="dense-untied")]
+IDS = torch.tensor([[5, 96, 5, 0], [17, 5, 96, 44]])
+
+
+@pytest.fixture(params=GENERATORS)
+def embed(request):
+    return GENERATORS[request.param](97, 7, **SIZES)
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """More than one chunk of ids, the later ones of which backward computes again."""
+    monkeypatch.setattr(TokenGenerator, "CURVE_VALUES", {"cpu": 0})
+    return torch.randperm(97)
+
+
+# ---- it stands where nn.Embedding does -----------------------------------------------------------------
+
+@pytest.mark.parametrize("width", [1, 7, 64, 129])
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_any_width(generator, width):
+    e = GENERATORS[generator](97, width, **SIZES)
+    assert e(IDS).shape == (2, 4, width) and (e.num_embeddings, e.embedding_dim) == (97, width)
+    torch.testing.assert_close(e(IDS), e.rows(IDS.flatten()).view(2, 4, width))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_any_integer_type_and_any_shape(embed, dtype):
+    assert torch.equal(embed(IDS.to(dtype)), embed(IDS))
+    for shape in ((), (0,), (2, 0), (3, 1, 2)):
+        assert embed(torch.ones(shape, dtype=dtype)).shape == (*shape, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_other_types_are_refused(embed, dtype):
+    """bfloat16 would take both 4001 and 4003 for 4000."""
+    with pytest.raises(TypeError, match="must be integers"):
+        embed(IDS.to(dtype))
+
+
+@pytest.mark.parametrize("ids", [[97], [-1], [0, 500], [0, -97]])
+def test_ids_beyond_the_vocabulary_are_refused(embed, ids):
+    with pytest.raises(IndexError):
+        embed(torch.tensor(ids))
+
+
+@pytest.mark.parametrize("wrong", [dict(base=0), dict(n_knots=0), dict(n_knots=2), dict(base=4),
+                                   dict(base=2**40), dict(d_seed=0), dict(n_modes=0), dict(mode_width=0)], ids=str)
+def test_wrong_sizes_are_refused(wrong):
+    with pytest.raises(ValueError):
+        TokenGenerator(97, 8, **wrong)
+
+
+# ---- copies, processes, devices, types -----------------------------------------------------------------
+
+def call(module, ids):
+    with torch.no_grad():
+        return module(ids)
+
+
+def test_pickled_copied_and_spawned(embed):
+    model = LanguageModel(Config(**TINY))
+    for module in (embed, model):
+        for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+            assert torch.equal(other(IDS), module(IDS))
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert torch.equal(pool.apply(call, (embed, IDS)), embed(IDS))
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=str)
+def test_built_on_meta_and_loaded(twin):
+    """Whatever is not in the state dict is made when it is needed, not a buffer that would be empty."""
+    model = LanguageModel(Config(**TINY | twin), seed=3)
+    with torch.device("meta"):
+        assigned, emptied = LanguageModel(model.config), LanguageModel(model.config)
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    emptied.to_empty(device="cpu").load_state_dict(model.state_dict())
+    for other in (assigned, emptied):
+        other.tie()
+        assert torch.equal(other(IDS), model(IDS)) and torch.equal(other(IDS, IDS), model(IDS, IDS))
+        assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("twin", TWINS, ids=str)
+def test_built_under_another_default_type(twin, dtype):
+    """The same values as the float32 model, cast."""
+    model = LanguageModel(Config(**TINY | twin)).to(dtype)
+    torch.set_default_dtype(dtype)
+    try:
+        other = LanguageModel(Config(**TINY | twin))
+        ours = model(IDS), other(IDS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, other.state_dict()[name]), name
+    assert torch.equal(*ours) and ours[1].dtype == dtype
+    torch.testing.assert_close(model(IDS), other(IDS), rtol=0, atol=0)
+
+
+def test_cast_whole_to_bfloat16(embed):
+    """Embeddings stay within a few percent, and splines, which are S - 1, move by small steps."""
+    exact = embed(IDS)
+    embed.bfloat16()
+    error = (embed(IDS).float() - exact).norm() / exact.norm()
+    assert embed(IDS).dtype == torch.bfloat16 and 0 < error < 0.03
+    for optimizer in (torch.optim.SGD(embed.parameters(), lr=1e-3), torch.optim.AdamW(embed.parameters(), lr=1e-3)):
+        before = {name: p.clone() for name, p in embed.named_parameters()}
+        embed.zero_grad()
+        (100 * embed(IDS)).square().sum().backward()
+        optimizer.step()
+        for name, p in embed.named_parameters():
+            reached = p.grad != 0
+            moved = (p != before[name])[reached].float().mean()
+            assert "norm" in name or moved > 0.9, name
+
+
+def test_autocast_leaves_the_generator_in_float32(embed, chunks):
+    exact = torch.autograd.grad(embed(chunks).square().sum(), list(embed.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        e = embed(chunks)
+    assert e.dtype == torch.float32 and torch.equal(e, embed(chunks))
+    for a, b in zip(torch.autograd.grad(e.square().sum(), list(embed.parameters())), exact):
+        assert torch.equal(a, b)
+
+
+# ---- submodules are called, never read past ------------------------------------------------------------
+
+class LoRA(nn.Module):
+    """W x + B A dropout(x), in place of a linear layer that is frozen."""
+    def __init__(self, linear, p=0.0):
+        super().__init__()
+        self.linear, self.dropout = linear.requires_grad_(False), nn.Dropout(p)
+        self.a = nn.Parameter(torch.randn(2, linear.in_features))
+        self.b = nn.Parameter(torch.randn(linear.out_features, 2))
+
+    def forward(self, x):
+        return self.linear(x) + self.dropout(x) @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=str)
+def test_hooks_of_all_submodules_fire(twin):
+    model, fired = LanguageModel(Config(**TINY | twin)), set()
+    names = {module: name for name, module in model.named_modules() if type(module).forward is not nn.Module.forward}
+    for module in names:
+        module.register_forward_hook(lambda module, *_: fired.add(names[module]))
+    model(IDS, IDS)
+    containers = {name for name in names.values() if type(model.get_submodule(name)) in (nn.ModuleList, nn.ModuleDict)}
+    assert fired == {*names.values()} - containers
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_adapters_learn(generator):
+    """LoRA in place of any linear layer of the generator, of a block and of the head changes the loss and learns."""
+    model = LanguageModel(Config(**TINY, generator=generator))
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert {"embed_tokens.mode_proj", "embed_tokens.seed_proj", "lm_head"} < {*linear}
+    for name in linear:
+        adapted = copy.deepcopy(model)
+        adapted.set_submodule(name, LoRA(adapted.get_submodule(name)))
+        loss = adapted(IDS, IDS)
+        loss.backward()
+        lora = adapted.get_submodule(name)
+        assert lora.a.grad.abs().sum() > 0 and lora.b.grad.abs().sum() > 0, name
+        assert not torch.equal(loss, model(IDS, IDS)), name
+        torch.testing.assert_close(loss, F.cross_entropy(adapted(IDS).flatten(0, 1), IDS.flatten()))
+
+
+def test_dropout_in_chunks_is_the_same_in_backward(embed, chunks, monkeypatch):
+    """Chunks are computed again in backward: with the masks that they had."""
+    embed.mode_proj, embed.seed_proj = LoRA(embed.mode_proj, 0.5), LoRA(embed.seed_proj, 0.5)
+
+    def gradients():
+        torch.manual_seed(0)
+        loss = embed(chunks).square().sum()
+        torch.rand(1)
+        return loss, *torch.autograd.grad(loss, [p for p in embed.parameters() if p.requires_grad])
+    again = gradients()
+    monkeypatch.setattr(leviathan, "checkpoint", lambda function, ids, use_reentrant: function(ids))
+    for a, b in zip(again, gradients()):
+        torch.testing.assert_close(a, b)
+
+
+# ---- the loss ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("head", [lambda: nn.Linear(32, 97), lambda: LoRA(nn.Linear(32, 97, bias=False)),
+                                  lambda: nn.utils.parametrizations.weight_norm(nn.Linear(32, 97, bias=False))])
+def test_any_head(head):
+    """One with a bias, an adapter, a computed weight: the loss is that of its logits, and its parameters learn."""
+    model = LanguageModel(Config(**TINY))
+    model.lm_head = head()
+    for p in model.lm_head.parameters():
+        nn.init.normal_(p)
+    loss, naive = model(IDS, IDS), F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten())
+    torch.testing.assert_close(loss, naive)
+    learn = [p for p in model.lm_head.parameters() if p.requires_grad]
+    for a, b in zip(torch.autograd.grad(loss, learn), torch.autograd.grad(naive, learn)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("head", [None, LoRA])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (6,), (3, 2), (2, 4), (2, 3, 1)])
+def test_targets_of_a_wrong_size_are_refused(shape, head):
+    """6 hidden rows and 1 target must not broadcast, nor (3, 2) stand for (2, 3)."""
+    model, targets = LanguageModel(Config(**TINY)), torch.zeros(shape, dtype=torch.long)
+    model.lm_head = head(model.lm_head) if head else model.lm_head
+    with pytest.raises(ValueError, match="targets"):
+        model(IDS[:, :3], targets)
+    with pytest.raises(ValueError, match="targets"):
+        linear_cross_entropy(torch.randn(2, 3, 8), torch.randn(97, 8), targets)
+
+
+def test_derivatives_that_would_be_wrong_are_refused():
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
+    targets = torch.arange(6)
+    first, = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward once"):
+        loss.backward()
+    with pytest.raises(RuntimeError):
+        torch.func.hessian(linear_cross_entropy)(hidden, weight, targets)
+
+
+# ---- what comes from a file ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change", [lambda a: a.index_fill(0, torch.tensor([3]), 4), lambda a: a - 1, lambda a: a + 29,
+                                    lambda a: a.double(), lambda a: a.bool()],
+                         ids=["collide", "negative", "too large", "floating", "bool"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_wrong_addresses_are_refused(embed, change, assign):
+    """Base 5 and 3 digits number 125 tokens: 0 ... 124."""
+    good = torch.arange(97).flip(0)
+    embed.load_state_dict(embed.state_dict() | {"addresses": good}, assign=assign)
+    assert torch.equal(embed.addresses, good)
+    wrong = embed.state_dict() | {"addresses": change(torch.arange(97))}
+    with pytest.raises(ValueError, match="addresses must be 97 different integers in 0 ... 124"):
+        embed.load_state_dict(wrong, assign=assign)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_whole():
+    model = LanguageModel(Config(**TINY | dict(d_model=8, d_seed=4, n_modes=1)))
+    compiled = torch.compile(model)
+    for ids in (IDS, IDS[:, :3]):
+        torch.testing.assert_close(compiled(ids, ids), model(ids, ids))
+    gradients = [torch.autograd.grad(m(IDS, IDS), list(model.parameters())) for m in (compiled, model)]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_config_is_plain_data():
+    assert Config(**asdict(Config(**TINY))) == Config(**TINY)
