@@ -14,6 +14,7 @@ import functools
 import json
 import multiprocessing
 import re
+import signal
 import statistics
 import sys
 import time
@@ -93,7 +94,7 @@ class Contestant:
         if self.cuda:
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()            # room for the others
-        else:                                   # of the whole process; a Mac counts in bytes
+        else:                                   # of the whole process, at its highest; a Mac counts in bytes
             from resource import RUSAGE_SELF, getrusage  # which Windows has not
             peak = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         medians = {part: statistics.median(seconds[part] for seconds in steps) for part in steps[0]}
@@ -101,7 +102,7 @@ class Contestant:
 
 
 def turn(limit: float, *what) -> dict:
-    """In a contestant's process, to which the first call says what it is made of."""
+    """What a contestant's process is asked for; the first time it is told `what` to build."""
     global contestant
     contestant = Contestant(*what) if what else contestant
     return contestant.turn(limit)
@@ -111,7 +112,8 @@ def contest(build, contestants: dict[str, dict], device: torch.device, rounds: i
     """Let {name: settings} take turns. -> a row for each that did not fail. Raises ValueError if all do."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench"])   # torch is imported once
-    processes = {name: ProcessPoolExecutor(1, context) for name in contestants}
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))      # at Ctrl-C
+    processes = {name: ProcessPoolExecutor(1, context, **quiet) for name in contestants}
     turns = {name: [] for name in contestants}  # the first is a single step, which may compile
     for _ in tqdm(range(1 + rounds), disable=None, leave=False):
         for name in list(turns):
@@ -222,13 +224,12 @@ def piece(contestant, config: Config, windows, dtype: str, kind: str):
 
 def contests(args):
     """Yields of each contest its shape, what builds a contestant, {name: settings}. Raises ValueError."""
+    V, T = args.vocab_size, args.seq_len
     for shape in args.shape:
         if not (numbers := re.fullmatch(r"(\d+)x(\d+)", shape)):
             raise ValueError(f"--shape {shape}: write width x layers, such as 256x6")
-        config = Config(d_model=int(numbers[1]), n_layers=int(numbers[2]), vocab_size=args.vocab_size,
-                        seq_len=args.seq_len)
-        windows = natural_windows(args.tokens, args.vocab_size, args.seq_len)
-        given = dict(config=config, windows=windows, dtype=args.dtype)
+        config = Config(d_model=int(numbers[1]), n_layers=int(numbers[2]), vocab_size=V, seq_len=T)
+        given = dict(config=config, windows=natural_windows(args.tokens, V, T), dtype=args.dtype)
         if "models" in args.sections:
             yield shape, training_step, {
                 name: given | dict(compiled=args.compile, config=replace(config, **variant), hf="hf" in name)
@@ -276,8 +277,7 @@ def plot(panels: dict[str, list[dict]], path: Path, setting: str):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    sections = ["models", "pieces"]
-    parser.add_argument("--sections", nargs="+", choices=sections, default=sections, help="[both]")
+    parser.add_argument("--sections", nargs="+", choices=["models", "pieces"], default=["models", "pieces"])
     parser.add_argument("--shape", nargs="+", default=["256x6"], metavar="DxL", help="width x layers [256x6]")
     parser.add_argument("--tokens", type=int, default=16_384 if CUDA else 4_096, help="[%(default)s]")
     parser.add_argument("--vocab-size", type=int, default=200_019, help="V [%(default)s]")

@@ -9,6 +9,7 @@ import codecs
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,21 @@ def choose_device(wanted: str | None = None, local_rank: int = 0) -> torch.devic
         raise ValueError(f"--device {wanted}: there is none here; choose from "
                          f"{', '.join(name for name, there in available.items() if there)}")
     return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
+
+
+def read_checkpoint(path, device="cpu"):
+    """-> model, tokenizer, folder of the training data. Raises ValueError."""
+    folder = newest_checkpoint(path)
+    model = load(folder, device).eval()
+    try:
+        about, known = (json.loads((folder / name).read_text(encoding="utf-8"))
+                        for name in ("config.json", "tokenizer.json"))
+        tokenizer, data = tokenizer_from_json(known), Path(about["training"]["data"])
+        if tokenizer.n_vocab != model.config.vocab_size:
+            raise ValueError(f"{tokenizer.n_vocab:,} ids, but the model has {model.config.vocab_size:,}")
+    except Exception as error:
+        raise ValueError(f"{folder}: config.json or tokenizer.json is not train.py's ({error!r})") from error
+    return model, tokenizer, data
 
 
 class KeyValues:
@@ -132,14 +148,7 @@ def main():
         if not least <= getattr(args, name) <= most:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} to {most:g}")
 
-    folder = newest_checkpoint(args.checkpoint)
-    model = load(folder, choose_device(args.device)).eval()
-    try:
-        tokenizer = tokenizer_from_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        if tokenizer.n_vocab != model.config.vocab_size:
-            raise ValueError(f"{tokenizer.n_vocab:,} ids, but the model has {model.config.vocab_size:,}")
-    except Exception as error:
-        raise ValueError(f"{folder / 'tokenizer.json'} is not the model's ({error})") from error
+    model, tokenizer, _ = read_checkpoint(args.checkpoint, choose_device(args.device))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = [tokenizer.encode_single_token(END_OF_TEXT), *encode(tokenizer, prompt)]
     if len(ids) + args.tokens - 1 > (T := model.config.seq_len):

@@ -34,8 +34,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from leviathan import Block, Config, LanguageModel, Modes, isoparametric_depth, load, load_tensors
-from prepare_pile import (Windows, identity, prepare_stdlib, read_meta, sole_writer, tokenizer_from_json,
-                          written_whole)
+from prepare_pile import (
+    Windows,
+    identity,
+    prepare_stdlib,
+    read_meta,
+    sole_writer,
+    tokenizer_from_json,
+    written_whole,
+)
 from sample import choose_device, stream_text
 
 # ---- settings ------------------------------------------------------------------------------------------

@@ -17,29 +17,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from leviathan import LanguageModel, load, newest_checkpoint
+from leviathan import LanguageModel
 from prepare_pile import Windows, documents, encode, read_counts, read_index, token_bytes, tokenizer_from_json
-from sample import choose_device
+from sample import choose_device, read_checkpoint
 
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**13, 2**24
 RESAMPLES = 2_000               # of the bootstrap
 FEWEST = 10                     # documents from which an interval is formed
 FREQUENCIES = ["never seen", "decile 1, the rarest", *(f"decile {d}" for d in range(2, 11))]
-
-
-def read_checkpoint(path, device="cpu"):
-    """-> model, tokenizer, folder of the training data. Raises ValueError."""
-    folder = newest_checkpoint(path)
-    model = load(folder, device).eval()
-    try:
-        about, known = (json.loads((folder / name).read_text(encoding="utf-8"))
-                        for name in ("config.json", "tokenizer.json"))
-        tokenizer, data = tokenizer_from_json(known), Path(about["training"]["data"])
-        if tokenizer.n_vocab != model.config.vocab_size:
-            raise ValueError(f"{tokenizer.n_vocab:,} ids, but the model has {model.config.vocab_size:,}")
-    except Exception as error:
-        raise ValueError(f"{folder}: config.json or tokenizer.json is not train.py's ({error!r})") from error
-    return model, tokenizer, data
 
 
 # ---- losses ------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab.evaluate import read_checkpoint
 from leviathan import LanguageModel
 from prepare_pile import END_OF_TEXT
+from sample import read_checkpoint
 
 
 def to_llama(model: LanguageModel, end_of_text: int):

@@ -21,9 +21,10 @@ from torch.func import functional_call
 
 from lab.addresses import summed
 from lab.campaign import spread
-from lab.evaluate import read_checkpoint, token_losses
+from lab.evaluate import token_losses
 from leviathan import LanguageModel, newest_checkpoint
 from prepare_pile import Windows
+from sample import read_checkpoint
 
 BEFORE, AFTER = 32, 16          # tokens of a sentence that stand before and behind the new one
 SEARCHED = 10_000_000           # training tokens in which sentences are looked for

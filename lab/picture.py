@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from lab.evaluate import read_checkpoint
 from leviathan import Modes, digits, spline_basis
 from prepare_pile import read_counts, token_bytes, written_whole
+from sample import read_checkpoint
 
 WORDS = 1_000           # frequent words that span the map, ...
 SHOWN = 400             # ... and how many of them are written where there is room, the most frequent first

@@ -56,6 +56,7 @@ def test_bench(tmp_path):
     for name in {"dense-untied", "hf-llama"} & rows.keys():
         assert rows[name]["parameters"] == blocks + 2 * 300 * 32
     assert rows["leviathan lev, width 64"]["config"]["generator"] == "lev"
+    assert rows["leviathan v1, width 64"]["embedding"] > 5 * rows["dense"]["embedding"]
     assert (tmp_path / "models.png").read_bytes().startswith(b"\x89PNG")
     assert refused(run(*command), "bench.py: ", "rows.json is there already")
 

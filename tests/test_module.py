@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import leviathan
-from leviathan import GENERATORS, Config, LanguageModel, TokenGenerator, linear_cross_entropy
+from leviathan import GENERATORS, Config, LanguageModel, Modes, TokenGenerator, linear_cross_entropy
 
 SIZES = dict(d_seed=12, n_modes=4, mode_width=2)
 TINY = dict(vocab_size=97, seq_len=16, d_model=32, n_layers=1, n_heads=2, **SIZES)
@@ -26,7 +27,7 @@ def embed(request):
 @pytest.fixture
 def chunks(monkeypatch):
     """More than one chunk of ids, the later ones of which backward computes again."""
-    monkeypatch.setattr(TokenGenerator, "CURVE_VALUES", {"cpu": 0})
+    monkeypatch.setattr(TokenGenerator, "CURVE_VALUES", {"cpu": 0, "other": 0})
     return torch.randperm(97)
 
 
@@ -47,7 +48,7 @@ def test_any_integer_type_and_any_shape(embed, dtype):
         assert embed(torch.ones(shape, dtype=dtype)).shape == (*shape, 7)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.bfloat16])
 def test_other_types_are_refused(embed, dtype):
     """bfloat16 would take both 4001 and 4003 for 4000."""
     with pytest.raises(TypeError, match="must be integers"):
@@ -60,8 +61,9 @@ def test_ids_beyond_the_vocabulary_are_refused(embed, ids):
         embed(torch.tensor(ids))
 
 
-@pytest.mark.parametrize("wrong", [dict(base=0), dict(n_knots=0), dict(n_knots=2), dict(base=4),
-                                   dict(base=2**40), dict(d_seed=0), dict(n_modes=0), dict(mode_width=0)], ids=str)
+@pytest.mark.parametrize("wrong", [
+    dict(base=0), dict(base=4), dict(base=2**40), dict(n_knots=0), dict(n_knots=2), dict(d_seed=0),
+    dict(n_modes=0), dict(mode_width=-1)], ids=str)
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ValueError):
         TokenGenerator(97, 8, **wrong)
@@ -120,15 +122,15 @@ def test_cast_whole_to_bfloat16(embed):
     embed.bfloat16()
     error = (embed(IDS).float() - exact).norm() / exact.norm()
     assert embed(IDS).dtype == torch.bfloat16 and 0 < error < 0.03
-    for optimizer in (torch.optim.SGD(embed.parameters(), lr=1e-3), torch.optim.AdamW(embed.parameters(), lr=1e-3)):
-        before = {name: p.clone() for name, p in embed.named_parameters()}
-        embed.zero_grad()
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        optimizer = kind(embed.parameters(), lr=1e-3)
+        splines = [module.splines for module in embed.modules() if isinstance(module, Modes)]
+        before = [p.clone() for p in splines]
+        optimizer.zero_grad()
         (100 * embed(IDS)).square().sum().backward()
         optimizer.step()
-        for name, p in embed.named_parameters():
-            reached = p.grad != 0
-            moved = (p != before[name])[reached].float().mean()
-            assert "norm" in name or moved > 0.9, name
+        for p, was in zip(splines, before):
+            assert (p != was)[p.grad != 0].float().mean() > 0.5
 
 
 def test_autocast_leaves_the_generator_in_float32(embed, chunks):
@@ -157,17 +159,19 @@ class LoRA(nn.Module):
 @pytest.mark.parametrize("twin", TWINS, ids=str)
 def test_hooks_of_all_submodules_fire(twin):
     model, fired = LanguageModel(Config(**TINY | twin)), set()
-    names = {module: name for name, module in model.named_modules() if type(module).forward is not nn.Module.forward}
+    names = {module: name for name, module in model.named_modules()
+             if not isinstance(module, (nn.ModuleList, nn.ModuleDict))}
     for module in names:
         module.register_forward_hook(lambda module, *_: fired.add(names[module]))
-    model(IDS, IDS)
-    containers = {name for name in names.values() if type(model.get_submodule(name)) in (nn.ModuleList, nn.ModuleDict)}
-    assert fired == {*names.values()} - containers
+    for targets in (None, IDS):
+        fired.clear()
+        model(IDS, targets)
+        assert fired == {*names.values()}
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_adapters_learn(generator):
-    """LoRA in place of any linear layer of the generator, of a block and of the head changes the loss and learns."""
+    """LoRA in place of any linear layer, of the generator, a block or the head, changes the loss and learns."""
     model = LanguageModel(Config(**TINY, generator=generator))
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     assert {"embed_tokens.mode_proj", "embed_tokens.seed_proj", "lm_head"} < {*linear}
@@ -199,12 +203,13 @@ def test_dropout_in_chunks_is_the_same_in_backward(embed, chunks, monkeypatch):
 
 # ---- the loss ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("head", [lambda: nn.Linear(32, 97), lambda: LoRA(nn.Linear(32, 97, bias=False)),
-                                  lambda: nn.utils.parametrizations.weight_norm(nn.Linear(32, 97, bias=False))])
-def test_any_head(head):
-    """One with a bias, an adapter, a computed weight: the loss is that of its logits, and its parameters learn."""
+@pytest.mark.parametrize("change", [
+    lambda head: nn.Linear(32, 97), LoRA, parametrizations.weight_norm,
+    lambda head: prune.random_unstructured(head, "weight", 0.5)], ids=["bias", "LoRA", "norm", "pruned"])
+def test_any_head(change):
+    """With a bias, an adapter, a computed weight: the loss is that of its logits, and its parameters learn."""
     model = LanguageModel(Config(**TINY))
-    model.lm_head = head()
+    model.lm_head = change(model.lm_head)
     for p in model.lm_head.parameters():
         nn.init.normal_(p)
     loss, naive = model(IDS, IDS), F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten())
@@ -220,31 +225,31 @@ def test_targets_of_a_wrong_size_are_refused(shape, head):
     """6 hidden rows and 1 target must not broadcast, nor (3, 2) stand for (2, 3)."""
     model, targets = LanguageModel(Config(**TINY)), torch.zeros(shape, dtype=torch.long)
     model.lm_head = head(model.lm_head) if head else model.lm_head
-    with pytest.raises(ValueError, match="targets"):
+    with pytest.raises((ValueError, RuntimeError), match="target"):
         model(IDS[:, :3], targets)
     with pytest.raises(ValueError, match="targets"):
         linear_cross_entropy(torch.randn(2, 3, 8), torch.randn(97, 8), targets)
 
 
 def test_derivatives_that_would_be_wrong_are_refused():
+    """The second one, and what would be scaled twice."""
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
     targets = torch.arange(6)
-    first, = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="not with create_graph"):
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), hidden, create_graph=True)
     loss = linear_cross_entropy(hidden, weight, targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="goes backward once"):
         loss.backward()
     with pytest.raises(RuntimeError):
-        torch.func.hessian(linear_cross_entropy)(hidden, weight, targets)
+        torch.func.grad(linear_cross_entropy)(hidden, weight, targets)
 
 
 # ---- what comes from a file ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change", [lambda a: a.index_fill(0, torch.tensor([3]), 4), lambda a: a - 1, lambda a: a + 29,
-                                    lambda a: a.double(), lambda a: a.bool()],
-                         ids=["collide", "negative", "too large", "floating", "bool"])
+@pytest.mark.parametrize("change", [
+    lambda a: a.index_fill(0, torch.tensor([3]), 4), lambda a: a - 1, lambda a: a + 29, lambda a: a.bool(),
+    lambda a: a / 2], ids=["collide", "negative", "too large", "bool", "floating"])
 @pytest.mark.parametrize("assign", [False, True])
 def test_wrong_addresses_are_refused(embed, change, assign):
     """Base 5 and 3 digits number 125 tokens: 0 ... 124."""
