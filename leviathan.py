@@ -57,8 +57,9 @@ class Config:
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
         for name, value in vars(self).items():
-            if type(value) is int and not 1 <= value < 2**31:
-                raise ValueError(f"{name} is {value:,}: it must be at least 1 and below 2^31")
+            most = dict(n_coords=62, n_modes=4_096, seq_len=2**20).get(name, 2**31 - 1)
+            if type(value) not in (str, bool, type(None)) and not (type(value) is int and 1 <= value <= most):
+                raise ValueError(f"{name} is {value}: it must be a whole number from 1 to {most:,}")
         self.n_heads = self.n_heads or max(1, self.d_model // 64)
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads}")
@@ -68,7 +69,7 @@ class Config:
 
 def smallest_base(vocab_size: int, n_coords: int) -> int:
     """The smallest b with b^k >= V, in integers: ceil(V ** (1/k)) errs where V is an exact power [P]."""
-    return next(base for base in count(1) if base**n_coords >= vocab_size)
+    return next(base for base in count(int(vocab_size ** (1 / n_coords))) if base**n_coords >= vocab_size)
 
 
 def digits(addresses, base: int, n_coords: int):
@@ -136,9 +137,11 @@ class TokenGenerator(nn.Module):
                  d_seed: int = 128, n_knots: int | None = None, n_modes: int = 8, mode_width: int = 64,
                  centred: bool = True, seed: int = 0):
         super().__init__()
+        if min(n_coords, d_seed, n_modes, mode_width) < 1:
+            raise ValueError("n_coords, d_seed, n_modes and mode_width must be at least 1")
         self.num_embeddings, self.embedding_dim = vocab_size, d_model           # as nn.Embedding calls them
-        self.n_coords, self.base = n_coords, base or smallest_base(vocab_size, n_coords)
-        self.d_seed, self.n_knots = d_seed, n_knots or self.N_KNOTS
+        self.n_coords, self.base = n_coords, smallest_base(vocab_size, n_coords) if base is None else base
+        self.d_seed, self.n_knots = d_seed, self.N_KNOTS if n_knots is None else n_knots
         self.n_modes, self.mode_width, self.centred = n_modes, mode_width, centred
         if not vocab_size <= self.base**n_coords < 2**63:
             raise ValueError(f"{n_coords} digits of base {self.base} cannot number {vocab_size:,} tokens")
@@ -204,7 +207,7 @@ class LevGenerator(TokenGenerator):
         self.seed_norm = nn.GroupNorm(M, M * d)                                 # a LayerNorm for each mode
         self.modes = nn.ModuleList(Modes(d, self.n_knots, self.mode_width) for mode in range(M))
         self.residual_proj = None
-        initialise(self, seed)
+        initialise(self, seed)                      # again, for what is new here
 
     def coordinates(self, z):
         """ẑ_m = σ(LN_m(W_seed,m z) / 2). (U, d_seed) -> (U, M, d_seed)"""
@@ -219,7 +222,7 @@ class LevGenerator(TokenGenerator):
 GENERATORS = {"v1": TokenGenerator, "lev": LevGenerator}
 
 
-def check_addresses(generator: TokenGenerator, _=None):
+def check_addresses(generator: TokenGenerator, _):
     """Raises ValueError unless addresses, which may come from a file, are different integers below b^k."""
     a, room = generator.addresses, generator.base**generator.n_coords
     if a.is_meta:
@@ -299,14 +302,15 @@ class LanguageModel(nn.Module):
         """Logits of the next token, or the mean loss of `targets` if given. (B, T) -> (B, T, V) or scalar"""
         if ids.shape[1] > self.config.seq_len:
             raise ValueError(f"{ids.shape[1]} tokens exceed the model's seq_len of {self.config.seq_len}")
-        x = self.hidden(self.embed_tokens(ids))                                 # (B, T, D)
-        if targets is not None and type(self.lm_head) is nn.Linear:
-            return linear_cross_entropy(x, self.lm_head.weight, targets)
-        logits = self.lm_head(x)                                                # of any head: LoRA, quantised
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        x, head = self.hidden(self.embed_tokens(ids)), self.lm_head             # (B, T, D)
+        changed = type(head) is not nn.Linear or head.bias is not None or head._forward_hooks
+        if targets is None or changed or head._forward_pre_hooks:               # by LoRA, quantisation ...
+            logits = head(x)
+            return logits if targets is None else F.cross_entropy(logits.mT.float(), targets)
+        return linear_cross_entropy(x, head.weight, targets)
 
     def hidden(self, x, caches=None):
-        """The decoder between embedding and head; x follow what is in the `caches`, one a layer. (B, T, D)"""
+        """The decoder between embedding and head. `caches`: what each layer has seen before x. (B, T, D)"""
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
             x = layer(x, cache)
         return self.norm(x)
@@ -348,7 +352,7 @@ def initialise(module: nn.Module, seed: int) -> None:
     """
     generator = next((m for m in module.modules() if isinstance(m, TokenGenerator)), None)
     share = 0.02 if generator is None or generator.residual_proj is None else 0.02 * math.sqrt(0.5)
-    deep = 0.02 / math.sqrt(2 * len(getattr(module, "layers", [0])))
+    deep = 0.02 / math.sqrt(2 * len(getattr(module, "layers", [0])))            # a generator alone has none
     names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: the head's
     for p, name in names.items():
         leaf, flax = name.removesuffix(".weight").rpartition(".")[2], p.shape[-1] ** -0.5
@@ -412,7 +416,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(grad.mul_((grad_loss / len(grads[0])).to(grad.dtype)) for grad in grads), None
 
 
-@torch.compiler.disable      # the one graph break of a training step: there is nothing to fuse across it
+@torch.compiler.disable      # there is nothing to fuse across it
 def linear_cross_entropy(hidden, weight, targets):
     """Mean of -log softmax(hidden @ weight.T)[target]. (..., D), (V, D), (...) -> scalar, float32 at least"""
     if targets.shape != hidden.shape[:-1]:
@@ -437,7 +441,8 @@ def load_tensors(path):
             raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                  # of any type, says torch
-        raise ValueError(f"{path} is missing or damaged ({error}): take another checkpoint") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is missing or damaged ({reason}): take another checkpoint") from error
 
 
 def load(path, device="cpu") -> LanguageModel:
@@ -446,11 +451,14 @@ def load(path, device="cpu") -> LanguageModel:
     weights = load_tensors(folder / "model.pt")
     try:
         config = Config(**json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
-        config.n_layers = min(config.n_layers, len(weights))                # a file may claim any size, ...
-        with torch.device("meta"):                                          # ... which takes no memory here
+        config.n_layers = min(config.n_layers, len(weights))                # since a file may claim any size;
+        with torch.device("meta"):                                          # the rest takes no memory here
             model = LanguageModel(config)
         model.load_state_dict(weights, assign=True)
+        model.tie()
+        with torch.no_grad():
+            if not model(torch.zeros(1, 1, dtype=torch.long)).isfinite().all():     # whatever its tensors are
+                raise ValueError("its logits are not finite")
+        return model.to(device)
     except Exception as error:                                              # of JSON, of Config, of shapes
-        raise ValueError(f"{folder} does not hold a whole model ({error})") from error
-    model.tie()
-    return model.to(device)
+        raise ValueError(f"{folder} holds no whole model ({' '.join(str(error).split())[:300]})") from error

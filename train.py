@@ -215,8 +215,11 @@ def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
     for folder in reversed(checkpoints(out)):
         try:
             model, moments = load(folder), load_tensors(folder / "optimizer.pt")
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8")), model, moments
-        except (ValueError, OSError) as error:
+            about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if type(about["step"]) is not int or not about["data"] or not about["config"] | about["training"]:
+                raise ValueError(f"{folder}: config.json lacks what train.py writes")
+            found = about, model, moments
+        except Exception as error:          # of whatever a file holds
             damaged[folder] = error
             continue
         for folder, error in damaged.items():
@@ -247,7 +250,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the hardware has instructions for it, as torch knows; elsewhere float32 is as fast."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(there for name, there in known.items() if "bf16" in name)
 
 
@@ -348,7 +351,10 @@ def main():
     optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay), lr=t.learning_rate,
                                   betas=(t.beta1, t.beta2), fused=device.type != "mps")
     if about:
-        optimizer.load_state_dict(moments)
+        try:
+            optimizer.load_state_dict(moments)
+        except Exception as error:          # of whatever the file holds
+            raise ValueError(f"optimizer.pt in {out} is not of this model ({error!r})") from error
 
     # ---- layout: windows of a step -> ranks -> micro-batches -------------------------------------------
     train_windows, val_windows = (Windows(t.data, split, config.seq_len) for split in ("train", "val"))
@@ -373,8 +379,8 @@ def main():
         + ", ".join(f"{n / 1e6:.2f} in its {part}" for part, n in sizes.items()))
     say(f"data     {t.data}: {meta['train']['tokens']:,} training tokens, {tokenizer.n_vocab:,} ids; "
         f"a unigram model's validation loss is {meta['unigram_val_loss']:.3f}")
-    say(f"steps    {t.steps:,}, {t.warmup_steps:,} of them warm-up, of {per_step} windows of {config.seq_len}: "
-        f"{t.steps * per_step / len(train_windows):.2f} epochs, {micro_batch} windows at once on {world} rank(s)")
+    say(f"steps    {t.steps:,}, {t.warmup_steps:,} of warm-up, of {per_step} windows of {config.seq_len}: "
+        f"{t.steps * per_step / len(train_windows):.2f} epochs, {micro_batch} at once on {world} rank(s)")
     say(f"device   {device.type} ({name}), torch {torch.__version__}, {dtype}{', compiled' * compiled}"
         + " (the hardware multiplies in it; --dtype float32 does without)" * (dtype == "bfloat16"))
 

@@ -38,8 +38,9 @@ CONTROL = {"control, from vectors": "--model dense-untied --start {table}"}     
 OURS = "--model leviathan"
 EXPERIMENTS = {
     "first-run": TWINS | CONTROL | {
-        "leviathan": OURS, "leviathan, uncentred": f"{OURS} --no-centred",
-        "leviathan, lev": f"{OURS} --generator lev", "leviathan, from vectors": OURS + " --start {learned}"},
+        "leviathan": OURS, "leviathan, from vectors": OURS + " --start {learned}"},
+    "reading": TWINS | {
+        "leviathan": OURS, "uncentred": f"{OURS} --no-centred", "lev": f"{OURS} --generator lev"},
     "addresses": TWINS | CONTROL | {
         "id": OURS, "shuffled": OURS + " --start {shuffled}", "frequency": OURS + " --start {frequency}",
         "learned": OURS + " --start {noise}", "learned, from vectors": OURS + " --start {learned}"},

@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:         # several at once: a thread each
 
 import torch  # noqa: E402
 
+from budgets import pytest_terminal_summary  # noqa: E402, F401
 from leviathan import Config, LanguageModel  # noqa: E402
 from prepare_pile import prepare, read_meta  # noqa: E402
 

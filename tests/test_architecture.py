@@ -19,7 +19,8 @@ MAY_IMPORT = {                  # of the project
     "train": {"leviathan", "prepare_pile", "sample"}, "bench": {"leviathan", "prepare_pile", "train"},
     "lab": OURS - {"test_leviathan"}, "test_leviathan": OURS - {"test_leviathan"}}
 BASE = {"torch", "numpy", "tiktoken", "tqdm", "filelock"}       # that an import of any file may need
-PACKAGES = {"leviathan": {"torch"}, "prepare_pile": BASE - {"torch"}, "test_leviathan": BASE | {"pytest"}}
+PACKAGES = {"leviathan": {"torch"}, "prepare_pile": BASE - {"torch"}, "lab": BASE | {"matplotlib"},
+            "test_leviathan": BASE | {"pytest"}}
 FILES = [*(f"{name}.py" for name in sorted(SCRIPTS)),
          *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lab").rglob("*.py"))]
 

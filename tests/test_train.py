@@ -1,4 +1,4 @@
-"""train.py: the same run on any layout, stopped in any way, on any disk; what cannot be is one clear line."""
+"""train.py: the same run on any layout, stopped in any way; what cannot be is one clear line."""
 import errno
 import io
 import json
@@ -9,60 +9,57 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
-from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from kill_train import FLAGS, FULL, ROOT, finish, result, start
 
 import train
+from kill_train import FLAGS, FULL, ROOT, finish, result, start
 from leviathan import Config, LanguageModel, TokenGenerator, load
 from prepare_pile import Windows
-from train import PRESETS, Training, compile_parts, learning_rate, preset, start_from, window_stream
+from train import Training, compile_parts, learning_rate, start_from, window_stream
 
-SHAPE = dict(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1)  # of FLAGS
+SHAPE = dict(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1)
 EIGHT = "--steps 8 --save-every 4 --eval-every 4 --keep 9".split()
 
 
 def loopback_works() -> bool:
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
-            return True
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return bool(socket.create_connection(server.getsockname(), timeout=5).close() or True)
     except OSError:
         return False
 
 
-needs_loopback = pytest.mark.skipif(not loopback_works(), reason="ranks talk over 127.0.0.1, not reachable here")
+needs_loopback = pytest.mark.skipif(not loopback_works(), reason="ranks talk over 127.0.0.1")
 
 
 def run(out, data, *flags) -> dict:
-    """train.main() as from the command line, though it keeps its hands off our streams. -> result(out)"""
-    torch.set_num_threads(1)                        # as in processes of their own: equal to the bit
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    """train.main() as from the command line, but for signals and streams, which stay ours. -> result(out)"""
+    torch.set_num_threads(1)                        # as start() has it: equal to the bit
+    signals = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     command = ["train.py", *FLAGS, "--data", str(data), "--out", str(out), *flags]
     try:
         with mock.patch.object(sys, "argv", command), mock.patch.object(os, "dup2"):
             train.main()
     finally:
-        for number, handler in signals.items():
+        for number, handler in signals:
             signal.signal(number, handler)
     return result(Path(out))
 
 
-@contextmanager
 def during(number: int, action):
-    """Do this within that step, counted from 0."""
+    """In this context a run does that within the step of this number, from 0."""
     def rate(step, t):
         if step == number:
             action()
         return learning_rate(step, t)
-    with mock.patch.object(train, "learning_rate", rate):
-        yield
+    return mock.patch.object(train, "learning_rate", rate)
 
 
 @pytest.fixture(autouse=True)
@@ -99,15 +96,6 @@ def test_learning_rate_by_hand():
     assert learning_rate(0, Training(warmup_steps=0, learning_rate=0.8)) == 0.8
 
 
-def test_every_preset_is_a_model_with_a_recipe():
-    for name in PRESETS:
-        t, config = Training(preset=name), preset(name)
-        with torch.device("meta"):
-            assert LanguageModel(config).config == config
-        assert t.tokens_per_step % config.seq_len == 0 and 0 < t.warmup_steps < t.steps
-    assert Training(preset="60m", steps=7).steps == 7 and preset("60m", d_model=64).d_model == 64
-
-
 def test_each_epoch_has_every_window_once(tiny_data):
     """In another order; and any number of ranks reads the same windows, here across the end of an epoch."""
     windows = Windows(tiny_data, "train", 32)
@@ -126,13 +114,12 @@ def test_each_epoch_has_every_window_once(tiny_data):
 
 @needs_loopback
 def test_any_layout_is_the_same_run(tmp_path, tiny_data):
-    """Eight windows a step: at once, by 3, on 4 ranks by 1; on 2 ranks that go on where the newest is damaged."""
-    flags = [*EIGHT, "--dtype", "float64"]
-    expected = run("one", tiny_data, *flags)
-    found = [run("three", tiny_data, *flags, "--micro-batch", "3")]
+    """Eight windows a step: at once, by 3, on 4 ranks by 1; on 2 that go on where the newest is damaged."""
+    flags = [*EIGHT, "--dtype", "float64", "--micro-batch"]
+    expected, *found = run("one", tiny_data, *flags, "8"), run("by 3", tiny_data, *flags, "3")
     shutil.copytree("one", "two")
     Path("two/step-00000008/model.pt").write_bytes(b"")
-    for ranks, out, more in ((4, "four", ["--micro-batch", "1"]), (2, "two", ["--micro-batch", "3", "--resume"])):
+    for ranks, out, more in ((4, "four", ["1"]), (2, "two", ["3", "--resume"])):
         error = finish(start(tmp_path / out, tiny_data, *flags, *more, ranks=ranks))
         assert Path(out, "curves.png").exists(), error
         found.append(result(Path(out)))
@@ -155,8 +142,7 @@ def test_a_signal_finishes_the_step_and_saves(name, tiny_data, whole):
 def test_an_output_that_is_gone_saves_and_ends(tiny_data, whole, kind):
     """As in `train.py 2>&1 | head -1`; and where a terminal is closed whose signal does not come."""
     reader, writer = os.pipe() if kind == "pipe" else os.openpty()
-    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--data", str(tiny_data), "--out", "run", *EIGHT]
-    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    process = start("run", tiny_data, *EIGHT, output=writer)
     os.close(writer)
     os.read(reader, 1)
     os.close(reader)
@@ -166,7 +152,8 @@ def test_an_output_that_is_gone_saves_and_ends(tiny_data, whole, kind):
     assert run("run", tiny_data, *EIGHT, "--resume") == result(whole)
 
 
-@pytest.mark.parametrize("file, cut", [("model.pt", None), ("optimizer.pt", None), ("model.pt", 0), ("config.json", 99)])
+@pytest.mark.parametrize("file, cut", [("model.pt", None), ("optimizer.pt", None), ("model.pt", 0),
+                                       ("config.json", 99)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(copy, tiny_data, whole, capsys, file, cut):
     """One bit flipped, all or some of it lost."""
     path = copy / "step-00000008" / file
@@ -178,32 +165,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(copy, tiny_data, 
     assert str(path.parent) in line and {"step-00000008.damaged", "step-00000004"} <= set(os.listdir(copy))
 
 
-def test_no_whole_checkpoint_changes_nothing(copy, tiny_data):
+def test_where_no_checkpoint_is_whole(copy, tiny_data, whole):
+    """Nothing is changed; but where there is none yet, as after an early SIGKILL, the run begins again."""
     for path in copy.glob("step-*/model.pt"):
         path.write_bytes(b"")
     before = sorted(copy.rglob("*"))
     with pytest.raises(ValueError, match="nothing to resume: no checkpoint in .*copy is whole"):
         run(copy, tiny_data, *EIGHT, "--resume")
     assert sorted(copy.rglob("*")) == before
+    shutil.rmtree(copy / "step-00000008")
+    (copy / "step-00000004").rename(copy / "step-00000004.partial")
+    assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
+    assert sorted(os.listdir(copy)) == sorted(os.listdir(whole))
 
 
-def test_a_run_that_has_saved_nothing_begins_again(tiny_data, whole):
-    """As after SIGKILL before the first checkpoint."""
-    os.makedirs("run/step-00000004.partial")
-    Path("run/log.jsonl").write_text('{"step": 1, "tokens": 256, "loss": 9.0}\n')
-    assert run("run", tiny_data, *EIGHT, "--resume") == result(whole)
-    assert sorted(os.listdir("run")) == sorted(os.listdir(whole))
-
-
-@pytest.mark.parametrize("damage", ['{"step": 3, "tok', '[1]\n7\n"x"\n{}\n{"step": 1}\n{"step": "3"}\n\x80\n\0', None])
+@pytest.mark.parametrize(
+    "damage", ['{"step": 3, "tok', '[1]\n7\n{}\n{"step": 1}\n{"step": "3"}\n\x80\n\0', None])
 def test_a_damaged_log_is_survived(copy, tiny_data, whole, damage):
     """Behind its second line, or all of it lost; of a finished run, and of one that is not."""
     expected, path = result(whole)["log"], copy / "log.jsonl"
     for step in (8, 4):
         path.unlink()
-        if damage is not None:
-            path.write_text("".join(json.dumps(line) + "\n" for line in expected[:2]) + damage, encoding="latin-1")
         kept = [] if damage is None else expected[:2]
+        if damage is not None:
+            path.write_text("\n".join([*map(json.dumps, kept), damage]), encoding="latin-1")
         assert run(copy, tiny_data, *EIGHT, "--resume")["log"] == kept + expected[step:]
         shutil.rmtree(copy / "step-00000008")
 
@@ -213,16 +198,14 @@ def test_a_damaged_log_is_survived(copy, tiny_data, whole, damage):
 def test_two_runs_in_one_folder_are_refused(tiny_data, whole):
     """While a run is in a step another is started there, anew and with --resume."""
     def others():
-        for flags, message in (([], "run is not empty: go on with --resume, or"), (["--resume"], "another run")):
+        for flags, message in (([], "run is not empty: go on with --resume"), (["--resume"], "another run")):
             with pytest.raises(ValueError, match=message):
                 run("run", tiny_data, *EIGHT, *flags)
-    os.mkdir("run")
     with during(5, others):
         assert run("run", tiny_data, *EIGHT) == result(whole)
-    held = train.sole_writer(Path("run"))
-    Path("run/log.jsonl").rename("log.jsonl")
-    with held, pytest.raises(ValueError, match="another run is writing run"):
-        run("run", tiny_data, *EIGHT, "--resume")
+    os.mkdir("new")
+    with train.sole_writer(Path("new")), pytest.raises(ValueError, match="another run is writing new"):
+        run("new", tiny_data, *EIGHT)               # which looked when there was nothing but a lock
 
 
 def test_a_users_copies_are_neither_deleted_nor_resumed(copy, tiny_data):
@@ -237,9 +220,8 @@ def test_a_users_copies_are_neither_deleted_nor_resumed(copy, tiny_data):
 def test_a_disk_that_fills_while_saving(tiny_data, whole):
     """The line says what happened; the checkpoint before stays, and the run goes on from it."""
     none, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    message = r"^step 8 could not be saved in run \(.*File too large\).*--resume[^\n]*$"
     with during(6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, most))):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"^step 8 could not be saved in run \(.*too large\)[^\n]*$"):
             run("run", tiny_data, *EIGHT)
     resource.setrlimit(resource.RLIMIT_FSIZE, (none, most))
     assert sorted(os.listdir("run")) == [".lock", "log.jsonl", "step-00000004"]
@@ -248,20 +230,18 @@ def test_a_disk_that_fills_while_saving(tiny_data, whole):
 
 # ---- where a run starts, and what may not change -----------------------------------------------------
 
-@pytest.mark.parametrize("flags", ["--steps 9", "--d-model 64", "--seed 1", "--model dense", "--no-centred"])
-def test_resume_refuses_another_model_or_schedule(copy, tiny_data, flags):
-    flag, value = f"{flags} False".replace("no-", "").split()[:2]
-    with pytest.raises(ValueError, match=f"{flag} is {value}, but the run in .*copy has"):
-        run(copy, tiny_data, *EIGHT, "--resume", *flags.split())
-
-
-def test_resume_refuses_other_data_of_equal_counts(copy, tiny_data):
+@pytest.mark.parametrize("flags, message", [
+    ("--steps 9", "--steps is 9, but the run in .*copy has 8"), ("--seed 1", "--seed is 1, but"),
+    ("--model dense", "--model is dense, but"), ("--no-centred", "--centred is False, but"),
+    ("--data other", "other is not what the run in .*copy was trained on")])
+def test_what_may_not_change(copy, tiny_data, flags, message):
+    """Model and schedule, or the data, though they have the same counts."""
     shutil.copytree(tiny_data, "other")
     meta = json.loads(Path("other/meta.json").read_text())
     meta["train"]["shards"][0]["sha256"] = 64 * "0"
     Path("other/meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="other is not what the run in .*copy was trained on"):
-        run(copy, "other", *EIGHT, "--resume")
+    with pytest.raises(ValueError, match=message):
+        run(copy, tiny_data, *EIGHT, "--resume", *flags.split())
 
 
 CODEBOOKS = {"embed_tokens.codebooks": TokenGenerator(300, 32, n_coords=2, base=20, d_seed=4).codebooks.data}
@@ -270,23 +250,24 @@ TABLE = {"embed_tokens.weight": torch.ones(300, 32)}
 
 
 @pytest.mark.parametrize("settings, given, head", [
-    (dict(), CODEBOOKS | ADDRESSES, {}), (dict(generator="lev"), ADDRESSES, {}), (dict(model="dense-untied"), TABLE, {}),
-    (dict(model="dense"), TABLE, {"lm_head.weight": TABLE["embed_tokens.weight"]})], ids=str)
+    (dict(), CODEBOOKS | ADDRESSES, {}), (dict(generator="lev"), ADDRESSES, {}),
+    (dict(model="dense-untied"), TABLE, {}),
+    (dict(model="dense"), TABLE, {"lm_head.weight": torch.ones(300, 32)})],
+    ids=["codebooks", "addresses", "untied", "tied"])
 def test_start_from_a_file(settings, given, head):
-    """Codebooks of another base, addresses; a table for the twins. All else is as without."""
+    """Codebooks of another base, addresses; a table for the twins. Blocks and head are as without."""
     torch.save(given, "start.pt")
     config = Config(**SHAPE | settings)
-    model, others = start_from("start.pt", config, 0), LanguageModel(config).state_dict()
+    model, others = start_from("start.pt", config, 0).state_dict(), LanguageModel(config).state_dict()
     expected = {name: x for name, x in others.items() if "embed" not in name} | given | head
-    assert all(torch.equal(model.state_dict()[name], x) for name, x in expected.items())
-    assert model.config.d_seed == (4 if given.keys() > ADDRESSES.keys() else 8)
+    assert all(torch.equal(model[name], x) for name, x in expected.items())
 
 
 @pytest.mark.parametrize("flags, n_layers", [
     ("--start start.pt --n-coords 3", 1),
     ("--isoparametric --d-model 4 --n-heads 1 --n-modes 1 --n-knots 3", 4)])    # 1 + (1,200 - 308) // 264
 def test_the_same_command_goes_on(tiny_data, flags, n_layers):
-    """Though the file, or the size of the twin, has decided about the shape."""
+    """Though the file, or the twin's size, has decided about the shape."""
     torch.save(CODEBOOKS | ADDRESSES, "start.pt")
     flags = [*EIGHT, *flags.split()]
     expected = run("run", tiny_data, *flags)
@@ -296,7 +277,8 @@ def test_the_same_command_goes_on(tiny_data, flags, n_layers):
 
 
 @pytest.mark.parametrize("model, content", [
-    ("leviathan", {"embed_tokens.codebooks": torch.ones(3, 2, 8)}), ("leviathan", {"embed_tokens.codebooks": 3}),
+    ("leviathan", {"embed_tokens.codebooks": torch.ones(3, 2, 8)}),
+    ("leviathan", {"embed_tokens.codebooks": 3}),
     ("leviathan", {"embed_tokens.addresses": torch.zeros(300, dtype=torch.int64)}), ("leviathan", [1]),
     ("leviathan", {"colour": torch.ones(1)}), ("leviathan", torch.ones(2)), ("leviathan", None),
     ("dense-untied", {"embed_tokens.weight": torch.ones(299, 32)}), ("dense", CODEBOOKS)])
@@ -317,27 +299,26 @@ def test_bfloat16_trains_alike(tiny_data, whole):
 
 
 def test_compiled_parts_compute_the_same(monkeypatch):
-    """Without graph breaks, and without a prefix to any name; by torch's own derivation, without C++."""
-    def compiler(module, compile=torch.nn.Module.compile, **how):
-        compile(module, **how, fullgraph=True, backend="aot_eager")
+    """Without graph breaks, and without a prefix to any name; aot_eager needs no C++."""
+    compiler = partialmethod(torch.nn.Module.compile, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compiler)
     model, compiled = LanguageModel(Config(**SHAPE)), LanguageModel(Config(**SHAPE))
     compile_parts(compiled)
     for m in (model, compiled):
         m(torch.arange(32).view(2, 16), torch.arange(32).view(2, 16)).backward()
-    for (name, a), (compiled_name, b) in zip(model.named_parameters(), compiled.named_parameters()):
-        assert name == compiled_name
-        torch.testing.assert_close(a.grad, b.grad)
+    ours, theirs = ({name: p.grad for name, p in m.named_parameters()} for m in (model, compiled))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_the_default_data_is_made_once(tiny_data, monkeypatch):
     made = []
-    monkeypatch.setattr(train, "prepare_stdlib", lambda folder: made.append(shutil.copytree(tiny_data, folder)))
-    run("one", "data/stdlib", "--steps", "1"), run("two", "data/stdlib", "--steps", "1")
+    monkeypatch.setattr(train, "prepare_stdlib", lambda path: made.append(shutil.copytree(tiny_data, path)))
+    for out in ("one", "two"):
+        run(out, "data/stdlib", "--steps", "1")
     assert made == [Path("data/stdlib")]
 
 
-@pytest.mark.parametrize("terminal, disable, seen", [(True, "", True), (True, "1", False), (False, "", False)])
+@pytest.mark.parametrize("terminal, disable, seen", [(1, "", True), (1, "1", False), (0, "", False)])
 def test_the_bar_is_for_terminals(tiny_data, monkeypatch, terminal, disable, seen):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     sys.stderr.isatty = lambda: terminal
@@ -347,22 +328,22 @@ def test_the_bar_is_for_terminals(tiny_data, monkeypatch, terminal, disable, see
 
 
 def test_a_loss_that_is_not_finite(tiny_data):
-    flags = "--learning-rate 1e18 --clip 1e18 --save-every 1".split()
-    with pytest.raises(ValueError, match=r"^step \d: the loss is .*lower --learning-rate .*saved: run/step-0000000\d$"):
-        run("run", tiny_data, *EIGHT, *flags)
+    message = r"^step \d: the loss is .*a lower --learning-rate .*saved: run/step-0000000\d$"
+    with pytest.raises(ValueError, match=message):
+        run("run", tiny_data, *EIGHT, *"--learning-rate 1e18 --clip 1e18 --save-every 1".split())
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--preset huge", "--preset huge .* 60m, 270m,"), ("--dtype float8", "--dtype float8 .* float32, bfloat16"),
-    ("--model gpt", "unknown model 'gpt': .* dense,"), ("--generator v3", "unknown generator 'v3': .* v1, lev"),
+    ("--preset huge", "--preset huge .* 60m, 270m,"), ("--dtype float8", "--dtype float8 .* float32, bf"),
+    ("--model gpt", "unknown model 'gpt': .* dense,"), ("--generator v3", "unknown generator 'v3': .* lev"),
     ("--eval-every 0", "--eval-every is 0: .* above 0"), ("--save-every 0", "--save-every is 0: .* above 0"),
     ("--seed -1", "--seed is -1: .* at least 0"), (f"--seed {2**70}", "--seed is 1180591620717411303424: "),
     ("--learning-rate nan", "--learning-rate is nan"), ("--beta1 1.5", "--beta1 is 1.5: .*at most 1"),
-    ("--keep 0", "--keep is 0: .* above 0"), ("--n-layers 0", "n_layers is 0"), ("--base 2", "3 digits of base 2"),
+    ("--keep 0", "--keep is 0: .* above 0"), ("--n-layers 0", "n_layers is 0"), ("--base 2", "of base 2"),
     ("--d-model 30 --n-heads 4", "d_model 30 must"), ("--device tpu", "--device tpu: there is none here"),
     ("--data nowhere", "no prepared data in nowhere"), ("--data unfinished", "unfinished is unfinished"),
     ("--vocab-size 299", "--vocab-size 299: .* 300"), ("--tokens-per-step 100", "a multiple of --seq-len 32"),
-    ("--seq-len 99968 --tokens-per-step 99968", "shorter than one window of 99969"), ("--start no.pt", "no.pt"),
+    ("--seq-len 99968 --tokens-per-step 99968", "shorter than one window of"), ("--start no.pt", "no.pt"),
     ("--isoparametric --model dense", "--isoparametric deepens Leviathan"), ("--resume", "there is no run")])
 def test_what_cannot_be_is_one_line_and_leaves_nothing(tiny_data, flags, message):
     if "unfinished" in flags:
