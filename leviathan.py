@@ -131,7 +131,7 @@ class TokenGenerator(nn.Module):
     addresses, a buffer: V different integers below b^k, whose digits count. The ids [P], or what is loaded.
     """
     N_KNOTS = 32
-    CURVE_VALUES = {"cpu": 2**23, "other": 2**27}       # φ held at once: 32 MB on a CPU, 512 elsewhere
+    CURVE_VALUES = {"cpu": 2**22, "other": 2**27}       # φ held at once: 16 MB on a CPU, 512 elsewhere
 
     def __init__(self, vocab_size: int, d_model: int, *, n_coords: int = 3, base: int | None = None,
                  d_seed: int = 128, n_knots: int | None = None, n_modes: int = 8, mode_width: int = 64,
@@ -184,9 +184,10 @@ class TokenGenerator(nn.Module):
             raise TypeError(f"ids are of type {ids.dtype}: they must be integers")
         values = self.CURVE_VALUES.get(ids.device.type, self.CURVE_VALUES["other"])
         distinct, inverse = ids.unique(return_inverse=True)
-        first, *rest = distinct.split(max(32, values // (self.d_seed * self.n_modes * self.mode_width)))
+        chunks = distinct.split(max(32, values // (self.d_seed * self.n_modes * self.mode_width)))
         with torch.autocast(ids.device.type, enabled=False):
-            rows = [self.rows(first), *(checkpoint(self.rows, chunk, use_reentrant=False) for chunk in rest)]
+            rows = [checkpoint(self.rows, chunk, use_reentrant=False) if len(chunks) > 1 else self.rows(chunk)
+                    for chunk in chunks]
             return F.embedding(inverse, torch.cat(rows))
 
     @torch.no_grad()
@@ -199,6 +200,7 @@ class LevGenerator(TokenGenerator):
     """LEV, the May version, as it differs: a W_seed, a LayerNorm and so a point for each mode [P]; half the
     sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 quotes none]."""
     N_KNOTS = 16
+    CURVE_VALUES = {"cpu": 2**23, "other": 2**27}       # more, as modes come one by one
 
     def __init__(self, vocab_size: int, d_model: int, *, seed: int = 0, **settings):
         super().__init__(vocab_size, d_model, **settings)

@@ -183,7 +183,7 @@ def checkpoints(out: Path, ending: str = "") -> list[Path]:
     return sorted(out.glob("step-" + 8 * "[0-9]" + ending))
 
 
-def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, keep: int) -> Path:
+def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, keep: int):
     """Write `out/step-…` aside and rename it when whole; then delete all but the newest `keep`."""
     folder = out / f"step-{step:08d}"
     partial = folder.with_suffix(".partial")
@@ -206,7 +206,6 @@ def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, k
                          "goes on from the checkpoint before") from error
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
-    return folder
 
 
 def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
@@ -410,7 +409,7 @@ def main():
     step = about["step"] if about else 0
     about = dict(config=asdict(config), data=identity(meta), torch=torch.__version__,
                  training=asdict(t) | shape)        # the shape as given: --isoparametric deepens it
-    log_path, log, saved = out / "log.jsonl", [], None
+    log_path, log = out / "log.jsonl", []
     if rank == 0:
         if not resume:                      # now that all else is known to be right
             out.mkdir(parents=True, exist_ok=True)
@@ -460,8 +459,9 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip).item()
         loss, stops = total(loss.item(), float(stop))
         if not math.isfinite(loss + norm):
+            saved = max(checkpoints(out), default="nothing")
             raise ValueError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. Try a lower "
-                             f"--learning-rate or more --warmup-steps; last saved: {saved or 'nothing'}")
+                             f"--learning-rate or more --warmup-steps; last saved: {saved}")
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -481,14 +481,14 @@ def main():
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", **mfu, refresh=False)
             bar.update()
             if step % t.save_every == 0 or step == t.steps or stops:
-                saved = save(out, step, model, optimizer, about, meta["tokenizer"], t.keep)
+                save(out, step, model, optimizer, about, meta["tokenizer"], t.keep)
         started = time.perf_counter()
     reader.shutdown()
     bar.close()
 
     # ---- what came out ---------------------------------------------------------------------------------
     if step < t.steps:
-        say(f"stopped after step {step}, saved in {saved}; to go on, give the same command with --resume")
+        say(f"stopped after step {step}, saved in {out}; to go on, give the same command with --resume")
     elif rank == 0:
         plot_curves(log, meta["unigram_val_loss"], f"{config.model}, {t.preset}: {size}", out / "curves.png")
         with torch.compiler.set_stance("force_eager"):

@@ -120,11 +120,6 @@ def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs=1, minut
 
 # ---- what came out -----------------------------------------------------------------------------------------
 
-def seconds(run: dict) -> np.ndarray:
-    """Of training, until the end of each step."""
-    return np.cumsum([run["log"][0]["tokens"] / line["tokens_per_second"] for line in run["log"]])
-
-
 def spread(values, sign: str = "") -> str:
     return f"{np.mean(values):{sign}.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
@@ -133,43 +128,40 @@ def as_table(variants: dict) -> str:
     """Markdown: last validation losses, and how much they differ from the first variant's, seed by seed."""
     first = next(iter(variants))
     base = {run["seed"]: run["log"][-1]["val_loss"] for run in variants[first]}
-    rows = [f"| variant | parameters, M | embedding, M | validation loss | minus {first} | seconds | seeds |",
-            "|---" * 7 + "|"]
+    rows = [f"| variant | parameters, M | embedding, M | validation loss | minus {first} | seeds |",
+            "|---" * 6 + "|"]
     for name, runs in variants.items():
         parts, losses = runs[0]["parameters"], [run["log"][-1]["val_loss"] for run in runs]
         gaps = [loss - base[run["seed"]] for loss, run in zip(losses, runs) if run["seed"] in base]
         rows.append(f"| {name} | {sum(parts.values()) / 1e6:.2f} | {parts['embedding'] / 1e6:.2f} "
                     f"| {spread(losses)} | {spread(gaps, '+') if gaps and name != first else ''} "
-                    f"| {np.mean([seconds(run)[-1] for run in runs]):,.0f} | {len(runs)} |")
+                    f"| {len(runs)} |")
     return "\n".join(rows)
 
 
 def draw(variants: dict, path: Path, title: str):
-    """Validation loss against time and tokens: means, and bands from the lowest seed to the highest."""
+    """Validation loss against tokens: means, and bands from the lowest seed to the highest."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
     tables = cycle((dict(color="0.55"), dict(color="0.15"), dict(color="0.15", ls="--")))
     generators, ends = (dict(color=f"C{i}") for i in count()), []
     for name, runs in variants.items():
         style = next(generators if runs[0]["config"]["model"] == "leviathan" else tables)
         steps = np.array([line["step"] for line in runs[0]["log"] if "val_loss" in line])
         losses = np.array([[run["log"][step - 1]["val_loss"] for step in steps] for run in runs])
-        minutes = np.mean([seconds(run)[steps - 1] for run in runs], axis=0) / 60
         tokens = steps * runs[0]["training"]["tokens_per_step"] / 1e6
-        for ax, x, label in zip(axes, (minutes, tokens), ("minutes of training", "million training tokens")):
-            ax.plot(x, losses.mean(0), lw=2, **style)
-            ax.fill_between(x, losses.min(0), losses.max(0), alpha=0.2, lw=0, color=style["color"])
-            ax.set_xlabel(label)
-            ax.spines[["top", "right"]].set_visible(False)
+        ax.plot(tokens, losses.mean(0), "o-", ms=3, **style)
+        ax.fill_between(tokens, losses.min(0), losses.max(0), alpha=0.2, lw=0, color=style["color"])
         ends.append((losses[:, -1].mean(), name, style["color"]))
-    axes[0].set(ylabel="validation loss, nats per token")
-    place, line = 0, np.ptp(axes[0].get_ylim()) / 20
+    ax.set(xlabel="million training tokens", ylabel="validation loss, nats per token")
+    ax.spines[["top", "right"]].set_visible(False)
+    place, line = 0, np.ptp(ax.get_ylim()) / 18
     for loss, name, color in sorted(ends):              # each name where its curve ends, or above another
         place = max(loss, place + line)
-        axes[1].annotate(f"{name}  {loss:.3f}", (1.04, place), xycoords=axes[1].get_yaxis_transform(),
-                         color=color, va="center", annotation_clip=False)
+        ax.annotate(f"{name}  {loss:.3f}", (1.02, place), xycoords=ax.get_yaxis_transform(), color=color,
+                    va="center", annotation_clip=False)
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=150)
 
