@@ -243,7 +243,7 @@ def test_start_from_a_file():
 
 
 @pytest.mark.parametrize("flags, n_layers", [
-    ("--start a.pt --n-coords 3", 1), ("--isoparametric --d-model 4 --n-heads 1 --n-modes 1 --n-knots 3", 4)])
+    ("--start a.pt --n-coords 4", 1), ("--isoparametric --d-model 4 --n-heads 1 --n-modes 1 --n-knots 3", 4)])
 def test_the_same_command_goes_on(tiny_data, flags, n_layers):
     """Though the file decides the shape, or the twin's size, for 1 + (1,200 - 308) // 264 layers."""
     torch.save(CODEBOOKS | ADDRESSES, "a.pt")
