@@ -96,9 +96,10 @@ class Training:
     compile: bool | None = None         # torch.compile what repeats; on CUDA if left out
 
     def __post_init__(self):
-        if self.preset not in PRESETS or self.dtype not in (None, "float32", "bfloat16", "float64"):
-            raise ValueError(f"--preset {self.preset} or --dtype {self.dtype} is unknown: choose from "
-                             f"{', '.join(PRESETS)} and from float32, bfloat16, float64")
+        for name, known in (("preset", PRESETS), ("dtype", (None, "float32", "bfloat16", "float64"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)} is unknown: choose from "
+                                 f"{', '.join(filter(None, known))}")
         recipe = PRESETS[self.preset]
         steps = recipe["steps"] if self.steps is None else self.steps
         usual = recipe | dict(warmup_steps=int(recipe["warmup"] * steps), eval_every=max(1, steps // 10),
