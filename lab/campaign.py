@@ -36,6 +36,7 @@ STARTS = {      # {name} among flags is a file that lab.addresses writes of the 
 TWINS = {"dense": "--model dense", "dense-untied": "--model dense-untied"}
 CONTROL = {"control, from vectors": "--model dense-untied --start {table}"}     # the same knowledge
 OURS = "--model leviathan"
+THREE = TWINS | {"leviathan": OURS}
 EXPERIMENTS = {
     "first-run": TWINS | CONTROL | {
         "leviathan": OURS, "leviathan, from vectors": OURS + " --start {learned}"},
@@ -45,13 +46,15 @@ EXPERIMENTS = {
         "id": OURS, "shuffled": OURS + " --start {shuffled}", "frequency": OURS + " --start {frequency}",
         "learned": OURS + " --start {noise}", "learned, from vectors": OURS + " --start {learned}"},
     "isoparametric": TWINS | {"leviathan": OURS, "leviathan, deepened": f"{OURS} --isoparametric"},
-    "width": TWINS | {f"mode width {r}": f"{OURS} --mode-width {r}" for r in (1, 8, 32, 64)},
-    "rate": {f"{model}, {rate:g}": f"--model {model} --learning-rate {rate:g}"
-             for model in (*TWINS, "leviathan") for rate in (1e-3, 2e-3, 4e-3, 8e-3)},
-    "warmup": {f"{model}, {steps}": f"--model {model} --warmup-steps {steps}"
-               for model in (*TWINS, "leviathan") for steps in (15, 30, 60, 120, 240)},
+    "dtype": {name + dtype: f"{flags}{dtype.replace(', ', ' --dtype ')}" for dtype in ("", ", float32")
+              for name, flags in list(THREE.items())[1:]},
+    "width": THREE | {f"leviathan, mode width {r}": f"{OURS} --mode-width {r}" for r in (16, 64)},
+    "rate": THREE | {f"{name}, {rate:g}": f"{flags} --learning-rate {rate:g}"
+                     for name, flags in THREE.items() for rate in (2e-3, 8e-3)},
+    "warmup": THREE | {f"{name}, {steps}": f"{flags} --warmup-steps {steps}"
+                       for name, flags in THREE.items() for steps in (60, 180)},
 }
-SWEEPS = {"rate", "warmup"}     # of one seed, in a table alone: what is best is then repeated
+SWEEPS = {"width", "rate", "warmup"}     # of one seed, in a table alone: what is best is then repeated
 MAKING = Lock()
 
 
