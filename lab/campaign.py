@@ -50,7 +50,7 @@ EXPERIMENTS = {
               for name, flags in list(THREE.items())[1:]},
     "width": THREE | {f"leviathan, mode width {r}": f"{OURS} --mode-width {r}" for r in (16, 64)},
     "rate": THREE | {f"{name}, {rate:g}": f"{flags} --learning-rate {rate:g}"
-                     for name, flags in THREE.items() for rate in (2e-3, 8e-3)},
+                     for name, flags in THREE.items() for rate in (2e-3, 6e-3, 8e-3)},
     "warmup": THREE | {f"{name}, {steps}": f"{flags} --warmup-steps {steps}"
                        for name, flags in THREE.items() for steps in (60, 180)},
 }
