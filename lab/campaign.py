@@ -155,7 +155,7 @@ def draw(variants: dict, path: Path, title: str):
         steps = np.array([line["step"] for line in runs[0]["log"] if "val_loss" in line])
         losses = np.array([[run["log"][step - 1]["val_loss"] for step in steps] for run in runs])
         tokens = steps * runs[0]["training"]["tokens_per_step"] / 1e6
-        ax.plot(tokens, losses.mean(0), "o-", ms=3, **style)
+        ax.plot(tokens, losses.mean(0), marker="o", ms=3, **style)
         ax.fill_between(tokens, losses.min(0), losses.max(0), alpha=0.2, lw=0, color=style["color"])
         ends.append((losses[:, -1].mean(), name, style["color"]))
     ax.set(xlabel="million training tokens", ylabel="validation loss, nats per token")
