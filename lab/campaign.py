@@ -46,8 +46,7 @@ EXPERIMENTS = {
         "id": OURS, "shuffled": OURS + " --start {shuffled}", "frequency": OURS + " --start {frequency}",
         "learned": OURS + " --start {noise}", "learned, from vectors": OURS + " --start {learned}"},
     "isoparametric": TWINS | {"leviathan": OURS, "leviathan, deepened": f"{OURS} --isoparametric"},
-    "dtype": {name + dtype: f"{flags}{dtype.replace(', ', ' --dtype ')}" for dtype in ("", ", float32")
-              for name, flags in list(THREE.items())[1:]},
+    "dtype": THREE | {f"{name}, float32": f"{flags} --dtype float32" for name, flags in THREE.items()},
     "width": THREE | {f"leviathan, mode width {r}": f"{OURS} --mode-width {r}" for r in (16, 64)},
     "rate": THREE | {f"{name}, {rate:g}": f"{flags} --learning-rate {rate:g}"
                      for name, flags in THREE.items() for rate in (2e-3, 6e-3, 8e-3)},
