@@ -18,6 +18,7 @@ meta.json says how far the sources are read. So a run may end at any moment: the
 """
 import argparse
 import base64
+import gzip
 import hashlib
 import io
 import json
@@ -26,12 +27,12 @@ import re
 import signal
 import sys
 import sysconfig
-import zlib
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,19 @@ def naming(what):
         yield
     except Exception as error:
         raise ValueError(f"{what} is missing, damaged or other data ({error}): prepare it again") from error
+
+
+def sealed(content: dict) -> dict:
+    """The content with a SHA-256 of its own, for JSON that travels."""
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    return content | dict(sha256=hashlib.sha256(json.dumps(content).encode()).hexdigest())
+
+
+def unsealed(content: dict) -> dict:
+    """Raises an error unless it is what `sealed` returned."""
+    if content != sealed(content):
+        raise ValueError("its SHA-256 differs")
+    return content
 
 
 # ---- Tokenizers: any of tiktoken's by name, or one trained here, whose tokens travel in JSON. --------------
@@ -91,35 +105,28 @@ def get_encoding(name: str) -> tiktoken.Encoding:
                          "without internet, point TIKTOKEN_CACHE_DIR at a folder that holds it") from error
 
 
-@lru_cache(maxsize=8)
-def fingerprint(encoding: tiktoken.Encoding) -> str:
-    """SHA-256 of all that decides how text is split: pattern, ranks and special tokens."""
-    ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
-    decisive = [encoding._pat_str, ranks, sorted(encoding._special_tokens.items())]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-
-
 def tokenizer_to_json(encoding: tiktoken.Encoding) -> dict:
-    """Name, size and fingerprint; with pattern and tokens in order where tiktoken does not know the name."""
-    known = dict(name=encoding.name, vocab_size=encoding.n_vocab, fingerprint=fingerprint(encoding))
-    if encoding.name in tiktoken.list_encoding_names():
-        return known
-    ordered = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
-    tokens = [base64.b64encode(token).decode() for token in ordered]
-    return known | dict(pattern=encoding._pat_str, tokens=tokens)
+    """Name and size, sealed; with pattern and tokens in order where tiktoken does not know the name."""
+    known = dict(name=encoding.name, vocab_size=encoding.n_vocab)
+    if encoding.name not in tiktoken.list_encoding_names():
+        ordered = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+        tokens = [base64.b64encode(token).decode() for token in ordered]
+        known |= dict(pattern=encoding._pat_str, tokens=tokens)
+    return sealed(known)
 
 
 def tokenizer_from_json(known: dict) -> tiktoken.Encoding:
     """The encoding that tokenizer_to_json described. Raises ValueError if it is not the same any more."""
     encoding = None if "tokens" in known else get_encoding(known.get("name"))
     with naming("the tokenizer's description"):
+        unsealed(known)
         if not encoding:
             if known["pattern"] != PATTERN:         # one that is made to, can take for ever
                 raise ValueError("an unknown pattern")
             tokens = [base64.b64decode(token, validate=True) for token in known["tokens"]]
             encoding = own_encoding(known["name"], tokens)
-        if (fingerprint(encoding), encoding.n_vocab) != (known["fingerprint"], known["vocab_size"]):
-            raise ValueError(f"the fingerprint or size of {known['name']} differs")
+        if encoding.n_vocab != known["vocab_size"]:
+            raise ValueError(f"{encoding.n_vocab:,} ids, not {known['vocab_size']}")
     return encoding
 
 
@@ -153,7 +160,6 @@ PILE = dict(repo_id="monology/pile-uncopyrighted", repo_type="dataset",
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".json")     # of JSON, each with a "text"
 TEXT = (".txt", ".md", ".rst", ".py")                           # one document a file
 LONGEST_DOCUMENT = 2**27        # bytes of a line or a text file, which must be held in memory as a whole
-COMPRESSED = 2**12              # bytes decompressed at once: zstd makes at most 2^15 times as much of it
 
 
 def stdlib_files() -> list[Path]:
@@ -201,43 +207,40 @@ def find_files(names: list[str], format: str | None = None) -> list[Path]:
     return files
 
 
-def blocks(path: Path, on_read):
-    """The bytes of a file; of a compressed one all its members or frames, and the last one whole."""
-    import zstandard  # here, since only preparation needs it
-    suffix, size, decompressor = path.suffix.lower(), 0, None
-    start = {".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
-             ".gz": lambda: zlib.decompressobj(wbits=31)}.get(suffix)
-    with open(path, "rb") as file:
-        while block := file.read(COMPRESSED if start else BLOCK):
-            size += len(block)
-            on_read(len(block))
-            while start and block:
-                decompressor = decompressor or start()
-                try:
-                    yield decompressor.decompress(block)
-                except (zlib.error, zstandard.ZstdError) as error:
-                    raise ValueError(f"{path} is not valid {suffix} ({error}): fetch it again") from error
-                block, decompressor = decompressor.unused_data, None if decompressor.eof else decompressor
-            yield block
-    if decompressor or start and not size:
-        raise ValueError(f"{path} is {'cut short' if size else 'empty'}: fetch it again")
+def opened(path: Path, file):
+    """The content of an open file, of all its members or frames if it is compressed."""
+    if path.suffix.lower() == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if path.suffix.lower() != ".zst":
+        return file
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
 
 
 def pieces(path: Path, format: str, on_read):
     """Yields lines, which end at \\n alone, as text may hold U+2028 and U+0085; or the whole."""
-    piece, number = bytearray(), 1
-    for block in blocks(path, on_read):
-        for part in io.BytesIO(block) if format == "jsonl" else [block]:
-            piece += part
-            if len(piece) > LONGEST_DOCUMENT:
+    limit, seen = LONGEST_DOCUMENT + 1, 0
+    with open(path, "rb") as file, opened(path, file) as content:
+        if content is not file and not path.stat().st_size:
+            raise ValueError(f"{path} is empty: fetch it again")
+        for number in count(1):
+            try:
+                piece = content.readline(limit) if format == "jsonl" else content.read(limit)
+            except Exception as error:          # of gzip, zlib, zstd, the disk
+                raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
+            if len(piece) == limit:
                 raise ValueError(f"{path}:{number}: more than {LONGEST_DOCUMENT >> 20} MB: cut it in pieces")
-            if format == "jsonl" and part.endswith(b"\n"):
-                yield piece
-                piece, number = bytearray(), number + 1
-    yield piece
+            on_read(file.tell() - seen)
+            seen = file.tell()
+            yield piece
+            if format == "text" or not piece:
+                return
 
 
-def parse(line: bytearray) -> tuple[str, str]:
+def parse(line: bytes) -> tuple[str, str]:
     """Text and domain (`pile_set_name`) of a line of JSON. Raises ValueError."""
     document = json.loads(line)
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
@@ -273,7 +276,6 @@ def documents(path, format: str | None = None, skip_bad: bool = False, on_read=l
 # ---- The writer. -------------------------------------------------------------------------------------------
 
 AHEAD = 2**23                   # characters for each thread, so that none waits while a part is written
-MOST_DOMAINS = 256              # the last is "(other)"
 
 
 @contextmanager
@@ -315,7 +317,7 @@ class Unfinished:
         self.tokens, self.index = ({split: array("I") for split in SPLITS} for _ in range(2))
         if self.file.exists():
             with naming(self.file):
-                meta = json.loads(self.file.read_text(encoding="utf-8"))
+                meta = unsealed(json.loads(self.file.read_text(encoding="utf-8")))
                 changed = [key for key in request if request[key] != meta["request"][key]]
                 begun = meta["position"] != [0, 0]      # else nobody's work is lost by another command
             if changed and begun:
@@ -344,8 +346,7 @@ class Unfinished:
         if 0 < len(self.tokens[split]) > PART_TOKENS - n:
             self.save(position)
         if domain not in domains:
-            domain = domain if len(domains) < MOST_DOMAINS - 1 else "(other)"
-            domains += [domain] if domain not in domains else []
+            domains.append(domain)
         self.index[split].extend((len(self.tokens[split]), domains.index(domain)))
         self.tokens[split].frombytes(tokens)
         totals = self.meta[split]["domains"].setdefault(domain, dict(documents=0, bytes=0, tokens=0))
@@ -366,7 +367,7 @@ class Unfinished:
             about |= {key: sum(totals[key] for totals in about["domains"].values())
                       for key in ("documents", "bytes", "tokens")}
         self.meta["position"] = position
-        self.write(self.file, json.dumps(self.meta, indent=1).encode())
+        self.write(self.file, json.dumps(sealed(self.meta), indent=1).encode())
 
     def write(self, path: Path, *contents) -> str:
         """-> its SHA-256"""
@@ -384,13 +385,15 @@ class Unfinished:
         train, val = counts = np.zeros((2, self.meta["tokenizer"]["vocab_size"]), dtype=np.int64)
         for own, split in zip(counts, SPLITS):
             for shard in self.meta[split]["shards"]:
-                tokens = open_shard(self.folder / shard["file"], shard["tokens"])
+                tokens = open_shard(self.folder, shard)
                 for i in range(0, len(tokens), BLOCK):
                     own += np.bincount(tokens[i:i + BLOCK], minlength=len(own))
         np.save(content := io.BytesIO(), train)
         digest = self.write(self.folder / "counts.npy", content.getbuffer())
         loss = -(val * np.log((train + 1) / (train + 1).sum())).sum() / val.sum()
-        self.meta |= dict(finished=True, counts_sha256=digest, unigram_val_loss=float(loss))
+        content = {key: self.meta[key] for key in ("tokenizer", *SPLITS)}       # whatever its sources' names
+        self.meta |= dict(finished=True, counts_sha256=digest, unigram_val_loss=float(loss),
+                          identity=sealed(content)["sha256"])
         self.save(position)
 
 
@@ -432,7 +435,7 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
         next(documents(path, format, skip_bad=True), None)  # what cannot be read is refused before any work
     request = dict(sources=[[path.name, sha256(path)] for path in sources], format=format,
                    validation=[len(val_files), None if val_files else holdout],
-                   tokenizer=fingerprint(encoding) if encoding else vocab_size)
+                   tokenizer=encoding.name if encoding else vocab_size)
 
     def split_of(source: int, text: str) -> str:                # by hash: exact duplicates stay on one side
         if val_files:
@@ -498,69 +501,47 @@ def read_meta(folder) -> dict:
     if not path.is_file():
         raise ValueError(f"no prepared data in {folder} (no meta.json): prepare_pile.py --out {folder}")
     with naming(path):
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        finished, V = meta.get("finished", True), meta["tokenizer"]["vocab_size"]
-        shards = [shard for split in SPLITS for shard in meta[split]["shards"]]
-        numbers = [(V, MOST_IDS + 1), (meta["end_of_text"], V), *((s["tokens"], 2**63) for s in shards),
-                   *((meta[split][key], 2**63) for split in SPLITS for key in ("documents", "tokens"))]
-        right = [type(number) is int and 0 <= number < limit for number, limit in numbers]
-        right += [re.fullmatch(r"(train|val)-\d+\.bin", shard["file"]) for shard in shards]
-        right += [type(name) is str for name in [*meta["domains"], meta["tokenizer"]["fingerprint"]]]
-        if not all(right) or finished and type(meta["unigram_val_loss"]) is not float:
-            raise ValueError("a field of the wrong kind")
-    if not finished:
+        meta = unsealed(json.loads(path.read_text(encoding="utf-8")))
+    if not meta["finished"]:
         raise ValueError(f"{folder} is unfinished: the same command goes on")
     return meta
 
 
-def identity(meta: dict) -> str:
-    """SHA-256 of the tokenizer's fingerprint and all shards' checksums, by which other data is told apart."""
-    shards = [(s.get("sha256"), s.get("index_sha256")) for split in SPLITS for s in meta[split]["shards"]]
-    return hashlib.sha256(json.dumps([meta["tokenizer"]["fingerprint"], shards]).encode()).hexdigest()
+def checked(path: Path, digest: str) -> Path:
+    """The path. Raises ValueError unless its content has this SHA-256."""
+    with naming(path):
+        if sha256(path) != digest:
+            raise ValueError("its SHA-256 differs")
+    return path
 
 
 def read_counts(folder) -> np.ndarray:
     """How often each id stands in the training split. -> (V) int64. Raises ValueError."""
-    V = read_meta(folder)["tokenizer"]["vocab_size"]
-    with naming(path := Path(folder) / "counts.npy"):
-        counts = np.load(path, mmap_mode="r")           # which takes no more than the file has
-        if counts.shape != (V,) or counts.dtype != np.int64:
-            raise ValueError(f"{counts.dtype} {counts.shape}, expected int64 ({V},)")
-        return np.array(counts)
+    return np.load(checked(Path(folder) / "counts.npy", read_meta(folder)["counts_sha256"]))
 
 
-def open_shard(path: Path, tokens: int) -> np.ndarray:
-    """The tokens of a shard, memory-mapped. Raises ValueError for anything but a whole one of so many."""
-    with naming(path):
+def read_index(folder, shard: dict) -> np.ndarray:
+    """"start" and "domain" of each document in a shard, as meta.json lists it. Raises ValueError."""
+    path = checked((Path(folder) / shard["file"]).with_suffix(".idx"), shard["index_sha256"])
+    return np.fromfile(path, dtype=[("start", "<u4"), ("domain", "<u4")])
+
+
+def open_shard(folder, shard: dict) -> np.ndarray:
+    """The tokens of a shard, as meta.json lists it, memory-mapped. Raises ValueError if it is not whole."""
+    with naming(path := Path(folder) / shard["file"]):
         words = np.memmap(path, dtype="<u4", mode="r").view(np.ndarray)
-        if words[:2].tolist() != HEADER:
-            raise ValueError(f"not a token shard: it begins with {words[:2].tolist()}, expected {HEADER}")
-        if not words[2] == tokens == len(words) - 256:
-            raise ValueError(f"{len(words) - 256:,} tokens, {words[2]:,} in its header, expected {tokens:,}")
+        if [*words[:3], len(words) - 256] != [*HEADER, shard["tokens"], shard["tokens"]]:
+            raise ValueError(f"not a shard of {shard['tokens']:,} tokens")
         return words[256:]
-
-
-def read_index(path: Path, tokens: int, domains: int) -> np.ndarray:
-    """"start" and "domain" of each document in a shard of so many tokens. Raises ValueError."""
-    with naming(path):
-        index = np.fromfile(path, dtype=np.uint8).view([("start", "<u4"), ("domain", "<u4")])
-        starts, largest = index["start"].astype(np.int64), index["domain"].max()
-        if starts[0] or (np.diff(starts) <= 0).any() or starts[-1] >= tokens or largest >= domains:
-            raise ValueError(f"no index of {tokens:,} tokens from {domains} domains")
-        return index
 
 
 def verify(folder) -> dict:
     """Read every byte of a prepared folder. -> meta.json. Raises ValueError where one is not what it was."""
-    folder, meta = Path(folder), read_meta(folder)
-    written = [("counts.npy", meta.get("counts_sha256"))]
-    for shard in (shard for split in SPLITS for shard in meta[split]["shards"]):
-        index = Path(shard["file"]).with_suffix(".idx")
-        written += [(shard["file"], shard.get("sha256")), (index, shard.get("index_sha256"))]
-    for name, digest in written:
-        with naming(folder / name):
-            if sha256(folder / name) != digest:
-                raise ValueError("not what was written: its SHA-256 differs")
+    meta = read_meta(folder)
+    read_counts(folder)
+    for shard in meta["train"]["shards"] + meta["val"]["shards"]:
+        checked(Path(folder) / shard["file"], shard["sha256"])
+        read_index(folder, shard)
     return meta
 
 
@@ -570,19 +551,14 @@ class Windows:
     Windows cross documents, not shards; the tail of a shard that fills no window is dropped.
     """
     def __init__(self, folder, split: str, seq_len: int):
-        self.meta = read_meta(folder)
-        self.seq_len, self.vocab_size = seq_len, self.meta["tokenizer"]["vocab_size"]
-        with suppress(ImportError, ValueError, OSError):    # each memory map is an open file: raise the limit
-            import resource
-            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        listed = self.meta[split]["shards"]
-        self.paths = [Path(folder) / shard["file"] for shard in listed]
-        self.shards = [open_shard(path, shard["tokens"]) for path, shard in zip(self.paths, listed)]
-        self.ends = np.cumsum([0, *(max(0, len(shard) - 1) // seq_len for shard in self.shards)])
+        self.folder, self.meta, self.seq_len = Path(folder), read_meta(folder), seq_len
+        self.shards = self.meta[split]["shards"]
+        for shard in self.shards:
+            open_shard(folder, shard)       # for its checks; it is opened again for each reading
+        self.ends = np.cumsum([0, *(max(0, shard["tokens"] - 1) // seq_len for shard in self.shards)])
         if not len(self):
             raise ValueError(f"the {split} split of {folder} is shorter than one window of {seq_len + 1} "
-                             "tokens: lower --seq-len or prepare more text")
+                             "tokens: shorten the window (--seq-len) or prepare more text")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -595,10 +571,10 @@ class Windows:
 
     def tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Part of a shard. -> (stop - start) int64. Raises ValueError for ids beyond the vocabulary."""
-        tokens = self.shards[shard][start:stop].astype(np.int64)
-        if tokens.max(initial=0) >= self.vocab_size:
-            raise ValueError(f"{self.paths[shard]} holds the id {tokens.max()}, but the vocabulary has "
-                             f"{self.vocab_size:,}: it is of another tokenizer; prepare the data again")
+        tokens = open_shard(self.folder, self.shards[shard])[start:stop].astype(np.int64)
+        if tokens.max(initial=0) >= (V := self.meta["tokenizer"]["vocab_size"]):
+            raise ValueError(f"{self.folder / self.shards[shard]['file']} holds the id {tokens.max()}, but "
+                             f"the vocabulary has {V:,}: prepare the data again")
         return tokens
 
 

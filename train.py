@@ -34,15 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from leviathan import Block, Config, LanguageModel, Modes, isoparametric_depth, load, load_tensors
-from prepare_pile import (
-    Windows,
-    identity,
-    prepare_stdlib,
-    read_meta,
-    sole_writer,
-    tokenizer_from_json,
-    written_whole,
-)
+from prepare_pile import Windows, prepare_stdlib, read_meta, sole_writer, tokenizer_from_json, written_whole
 from sample import choose_device, stream_text
 
 # ---- settings ------------------------------------------------------------------------------------------
@@ -50,7 +42,7 @@ from sample import choose_device, stream_text
 PRESETS = {     # shape, then recipe; warmup is a share of the steps. The first two are [O]; below, D is [P],
     # depth [R], the recipe [O] but for 512 x 512 tokens a step [P] and 20 tokens a parameter [R, from v2].
     "nano":  dict(d_model=128, n_layers=4, seq_len=128, mode_width=32,
-                  learning_rate=4e-3, tokens_per_step=4_096, steps=300, warmup=0.4),
+                  learning_rate=6e-3, tokens_per_step=4_096, steps=300, warmup=0.4),
     "micro": dict(d_model=256, n_layers=6, seq_len=256, mode_width=32,
                   learning_rate=2e-3, tokens_per_step=32_768, steps=600, warmup=0.4),
     "60m":   dict(d_model=256, n_layers=6, seq_len=512, mode_width=64,      # 52 layers when isoparametric [P]
@@ -334,7 +326,7 @@ def main():
     if shape.setdefault("vocab_size", tokenizer.n_vocab) != tokenizer.n_vocab:
         raise ValueError(f"--vocab-size {shape['vocab_size']}: leave it out, for {t.data} has a tokenizer of "
                          f"{tokenizer.n_vocab:,} ids, or prepare data with another one")
-    if about and about["data"] != identity(meta):
+    if about and about["data"] != meta["identity"]:
         raise ValueError(f"{t.data} is not what the run in {out} was trained on: name that with --data")
 
     # ---- model -----------------------------------------------------------------------------------------
@@ -408,7 +400,7 @@ def main():
 
     # ---- the loop --------------------------------------------------------------------------------------
     step = about["step"] if about else 0
-    about = dict(config=asdict(config), data=identity(meta), torch=torch.__version__,
+    about = dict(config=asdict(config), data=meta["identity"], torch=torch.__version__,
                  training=asdict(t) | shape)        # the shape as given: --isoparametric deepens it
     log_path, log = out / "log.jsonl", []
     if rank == 0:

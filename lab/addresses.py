@@ -42,7 +42,7 @@ def cooccurrence(windows: Windows, counts, sample: int):
     V, n_contexts = len(counts), min(len(counts), CONTEXTS)
     column = torch.full((V,), -1)
     column[counts.argsort(descending=True, stable=True)[:n_contexts]] = torch.arange(n_contexts)
-    sizes = [len(shard) for shard in windows.shards]
+    sizes = [shard["tokens"] for shard in windows.shards]
     ends = [max(1, int(size * min(1, sample / sum(sizes)))) for size in sizes]
     chunks = [(shard, i, min(i + CHUNK, end)) for shard, end in enumerate(ends) for i in range(0, end, CHUNK)]
     width = len(OFFSETS) * n_contexts

@@ -61,13 +61,12 @@ def evaluate(model: LanguageModel, windows: Windows, spelling: list[bytes], coun
                *((role, group) for role in ("target", "input") for group in FREQUENCIES)]
     targets_from, inputs_from = 2 + len(domains), 2 + len(domains) + len(FREQUENCIES)
     n_bytes, at_once = np.array([*map(len, spelling)]), max(1, TOKENS_AT_ONCE // T) * T
-    indices = [read_index(path.with_suffix(".idx"), len(tokens), len(domains))
-               for path, tokens in zip(windows.paths, windows.shards)]
+    indices = [read_index(windows.folder, shard) for shard in windows.shards]
+    sizes = [shard["tokens"] - 1 for shard in windows.shards]
     sums, weights = np.zeros((2, sum(map(len, indices)), len(columns)))
-    bar = tqdm(total=sum(map(len, windows.shards)), unit="token", unit_scale=True, desc=name, disable=None)
+    bar = tqdm(total=sum(sizes), unit="token", unit_scale=True, desc=name, disable=None)
     first = 0                                               # document of the shard
-    for shard, index in enumerate(indices):
-        n = len(windows.shards[shard]) - 1
+    for shard, (n, index) in enumerate(zip(sizes, indices)):
         cuts = sorted({*range(0, n, at_once), n // T * T, n})           # whole windows, then a shorter one
         for start, stop in zip(cuts, cuts[1:]):
             tokens = windows.tokens(shard, start, stop + 1)

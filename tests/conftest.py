@@ -3,6 +3,7 @@ import json
 import os
 import re
 import socket
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,11 @@ import torch  # noqa: E402
 from budgets import pytest_terminal_summary  # noqa: E402, F401
 from leviathan import Config, LanguageModel  # noqa: E402
 from prepare_pile import prepare, read_meta  # noqa: E402
+
+if sys.version_info >= (3, 14):
+    from compression import zstd  # noqa: F401
+else:
+    from backports import zstd  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import zstandard
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import prepare_pile
 import sample
 import train
+from conftest import zstd
 from leviathan import Config, LanguageModel, load, load_tensors
 
 SLOWEST = 20                    # seconds for one input: more is a hang
@@ -46,7 +46,7 @@ def make(folder: Path) -> dict:
     halves = ["".join(half).encode() for half in (lines[:9], lines[9:])]        # two frames, two members
     (folder / "text.jsonl").write_bytes(b"".join(halves))
     (folder / "text.jsonl.gz").write_bytes(b"".join(map(gzip.compress, halves)))
-    (folder / "text.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, halves)))
+    (folder / "text.jsonl.zst").write_bytes(b"".join(map(zstd.compress, halves)))
     data, out, run, start = folder / "data", folder / "out", folder / "out/step-00000002", folder / "start.pt"
     meta = prepare_pile.prepare([folder / "text.jsonl"], data, vocab_size=300, holdout=3)
     model, about = LanguageModel(SHAPE), dict(config=asdict(SHAPE), training=dict(data=str(data)))
@@ -78,7 +78,7 @@ def make(folder: Path) -> dict:
         "meta.json": (known, windows, False), "shard": (shard, windows, False),
         "meta.json, verified": (known, lambda: prepare_pile.verify(data), False),
         "counts": (counts, lambda: prepare_pile.read_counts(data), False),
-        "index": (index, lambda: prepare_pile.read_index(index, meta["train"]["tokens"], 3), False),
+        "index": (index, lambda: prepare_pile.read_index(data, meta["train"]["shards"][0]), False),
         "config.json": (run / "config.json", weights, False),
         "tokenizer.json": (run / "tokenizer.json", tokenizer, False),
         "model.pt": (run / "model.pt", weights, True),

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import zstandard
 
+from conftest import zstd
 from prepare_pile import PILE, read_meta, verify
 
 ROOT = Path(__file__).parent.parent
@@ -24,9 +24,9 @@ def shard(seed: int) -> bytes:
     lines = [json.dumps({"text": rng.randbytes(2_000).hex(), "meta": {"pile_set_name": rng.choice("AB")}})
              for _ in range(600)]
     filling = rng.randbytes(12_000_000)     # a frame that zstd skips: huggingface_hub writes parts of 10 MB
-    return (zstandard.compress("\n".join(lines[:300]).encode())
+    return (zstd.compress("\n".join(lines[:300]).encode())
             + struct.pack("<II", 0x184D2A50, len(filling)) + filling
-            + zstandard.compress(("\n" + "\n".join(lines[300:])).encode()))
+            + zstd.compress(("\n" + "\n".join(lines[300:])).encode()))
 
 
 class Hub(BaseHTTPRequestHandler):

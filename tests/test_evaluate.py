@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import prepare_pile
 from lab import evaluate
 from leviathan import Config, LanguageModel
-from prepare_pile import Windows, prepare, read_counts, token_bytes, tokenizer_from_json
+from prepare_pile import Windows, open_shard, prepare, read_counts, token_bytes, tokenizer_from_json
 
 TINY = dict(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1)
 
@@ -51,7 +51,7 @@ def test_every_token_is_predicted_once(data, monkeypatch):
 
     expected, document = {}, -1
     lines = (data.parent / "val.jsonl").read_text(encoding="utf-8").splitlines()
-    for tokens in windows.shards:
+    for tokens in (open_shard(data, shard) for shard in windows.shards):
         document += 1                                               # each shard begins with one
         for start in range(0, len(tokens) - 1, 32):
             ids = torch.from_numpy(tokens[start:start + 33].astype(np.int64))

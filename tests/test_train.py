@@ -18,7 +18,7 @@ import torch
 import train
 from kill_train import FLAGS, FULL, ROOT, finish, result, start
 from leviathan import Config, LanguageModel, TokenGenerator, load
-from prepare_pile import Windows, read_meta
+from prepare_pile import Windows, read_meta, sealed
 from train import Training, compile_parts, learning_rate, start_from, window_stream
 
 SHAPE = dict(vocab_size=300, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=8, mode_width=1)
@@ -217,9 +217,7 @@ def test_a_disk_that_fills_while_saving(tiny_data, whole):
     ("--data other", "other is not what the run in .*copy was trained on")])
 def test_model_schedule_and_data_may_not_change(copy, tiny_data, flags, message):
     shutil.copytree(tiny_data, "other")
-    meta = json.loads(Path("other/meta.json").read_text())
-    meta["train"]["shards"][0]["sha256"] = 64 * "0"
-    Path("other/meta.json").write_text(json.dumps(meta))
+    Path("other/meta.json").write_text(json.dumps(sealed(read_meta(tiny_data) | dict(identity="another's"))))
     with pytest.raises(ValueError, match=message):
         run(copy, tiny_data, *EIGHT, "--resume", *flags.split())
 
@@ -320,7 +318,7 @@ def test_a_loss_that_is_not_finite(copy, tiny_data):
 def test_what_cannot_be_is_one_line_and_leaves_nothing(tiny_data, monkeypatch, flags, message):
     """As a user sees it, with exit status 1. WORLD_SIZE: a rank that nobody has told where the others are."""
     os.mkdir("unfinished")
-    Path("unfinished/meta.json").write_text(json.dumps(read_meta(tiny_data) | dict(finished=False)))
+    Path("unfinished/meta.json").write_text(json.dumps(sealed(read_meta(tiny_data) | dict(finished=False))))
     command = ["train.py", *FLAGS, "--data", str(tiny_data), "--out", "run", *flags.split()]
     monkeypatch.setattr(sys, "argv", [part for part in command if part != "WORLD_SIZE=2"])
     for name in ("WORLD_SIZE", "RANK") if "WORLD_SIZE" in flags else ():
