@@ -7,12 +7,11 @@
 import argparse
 import codecs
 import json
+import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from leviathan import LanguageModel, load, newest_checkpoint
 from prepare_pile import END_OF_TEXT, encode, token_bytes, tokenizer_from_json
@@ -58,22 +57,6 @@ class KeyValues:
         return self.k[:, :, :stop], self.v[:, :, :stop]
 
 
-class Embeddings:
-    """Embeddings of the ids met so far, each of which is generated once."""
-    def __init__(self, model: LanguageModel):
-        c, weight = model.config, model.lm_head.weight
-        self.embed_tokens = model.embed_tokens
-        self.known = torch.zeros(c.vocab_size, dtype=torch.bool, device=weight.device)
-        self.table = weight.new_empty(c.vocab_size, c.d_model)      # memory is used for the rows there are
-
-    def __call__(self, ids):
-        """(B, T) -> (B, T, D)"""
-        new = ids[~self.known[ids]].unique()
-        if len(new):
-            self.table[new], self.known[new] = self.embed_tokens(new), True
-        return F.embedding(ids, self.table)
-
-
 def draw(logits, temperature: float, top_k: int, top_p: float, streams):
     """Next tokens, each row's from its own stream, on the CPU: a seed is the same everywhere. (B, V) -> (B)
 
@@ -101,13 +84,13 @@ def generate(model: LanguageModel, ids, n_tokens: int, temperature: float = 1.0,
     T, device = model.config.seq_len, model.lm_head.weight.device
     streams = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
     ids = new = ids[-T:].to(device).expand(samples, -1)                 # (B, up to T)
-    embed, caches = Embeddings(model), [KeyValues(model, samples) for _ in model.layers]
+    caches = [KeyValues(model, samples) for _ in model.layers]
     for _ in range(n_tokens):
         if caches[0].length == T:
             new = ids[:, -max(1, T // 2):]
             for cache in caches:
                 cache.length = 0
-        hidden = model.hidden(embed(new), caches)[:, -1]                # (B, D)
+        hidden = model.hidden(model.embed_tokens(new), caches)[:, -1]   # (B, D)
         token = draw(model.lm_head(hidden), temperature, top_k, top_p, streams)
         yield token
         new = token[:, None].to(device)
@@ -156,22 +139,21 @@ def main():
 
     if args.samples == 1:
         print(prompt, end="", flush=True)
-    texts, times = [prompt] * args.samples, [time.perf_counter()]
+    texts = [prompt] * args.samples
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     for pieces in stream_text(model, tokenizer, ids, args.tokens, args.samples, **how):
-        times.append(time.perf_counter())
         texts = [text + piece for text, piece in zip(texts, pieces)]
         if args.samples == 1:
             print(pieces[0], end="", flush=True)
     for i, text in enumerate(texts):
         print("" if args.samples == 1 else f"--- sample {i} ---\n{text}")
-    print(f"{len(ids):,} tokens read and the first drawn in {times[1] - times[0]:.2f} s, "
-          f"all in {times[-1] - times[0]:.2f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):              # not in a notebook
         sys.stdout.reconfigure(errors="replace")        # where a character is lacking, "?"
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it without a word
     try:
         main()
     except (ValueError, OSError) as error:

@@ -10,7 +10,7 @@ import torch
 import sample
 from kill_train import ROOT
 from leviathan import Config, LanguageModel
-from sample import Embeddings, KeyValues, draw, generate, stream_text
+from sample import KeyValues, draw, generate, stream_text
 from test_leviathan import TINY, TWINS
 
 
@@ -31,22 +31,12 @@ def test_the_cache_changes_nothing(twin):
     """In pieces of 5, 1, 4, 1 and 5 tokens, against one pass; then texts that outgrow the context of 16."""
     model, ids = LanguageModel(Config(**TINY | twin)).double(), torch.randint(97, (2, 16))
     model.lm_head.weight.mul_(6)                        # so that it has a preference
-    embed, caches = Embeddings(model), [KeyValues(model, 2) for _ in model.layers]
-    logits = [model.lm_head(model.hidden(embed(new), caches)) for new in ids.split([5, 1, 4, 1, 5], dim=1)]
+    caches, parts = [KeyValues(model, 2) for _ in model.layers], ids.split([5, 1, 4, 1, 5], dim=1)
+    logits = [model.lm_head(model.hidden(model.embed_tokens(new), caches)) for new in parts]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids), rtol=1e-9, atol=1e-12)
     for prompt in (torch.randint(97, (n,)) for n in (1, 7, 16, 30)):
         tokens = [token.item() for token in generate(model, prompt, 40, seed=3)]
         assert tokens == uncached(model, prompt.tolist(), 40, seed=3) and len(set(tokens)) > 5
-
-
-def test_each_embedding_is_generated_once(monkeypatch):
-    model, made = LanguageModel(Config(**TINY)), []
-    rows = model.embed_tokens.rows
-    monkeypatch.setattr(model.embed_tokens, "rows", lambda ids: made.extend(ids.tolist()) or rows(ids))
-    embed = Embeddings(model)
-    for ids in [3, 5, 3], [5, 7, 3], [7, 7, 7]:
-        embed(torch.tensor([ids]))
-    assert made == [3, 5, 7]
 
 
 @pytest.mark.parametrize("how, expected", [
