@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from leviathan import GENERATORS, Config, LanguageModel, TokenGenerator, linear_cross_entropy
 from prepare_pile import documents, stdlib_files, written_whole
-from train import choose_device, compile_parts, flops_per_token, peak_flops
+from sample import choose_device
+from train import compile_parts
 
 MODELS = {                                      # the first is what the others are compared with
     "dense": dict(model="dense"),
@@ -69,8 +70,7 @@ class Contestant:
     def __init__(self, build, settings: dict, device: torch.device):
         self.device, self.cuda = device, device.type == "cuda"
         self.step, module = build(self, **settings)
-        self.facts = dict(parameters=sum(p.numel() for p in module.parameters()),
-                          flops_per_token=flops_per_token(module) if isinstance(module, LanguageModel) else 0)
+        self.facts = dict(parameters=sum(p.numel() for p in module.parameters()))
 
     def mark(self, part: str):
         """A part of the step ends; on CUDA by the device's own clock, so that nothing waits."""
@@ -135,8 +135,7 @@ def contest(build, contestants: dict[str, dict], device: torch.device, rounds: i
                    tokens=windows[:, 1:].numel(), first_step=first["seconds"],
                    rounds=[turn["seconds"] for turn in others])
         row |= {key: statistics.median(turn[key] for turn in others) for key in first}
-        speed, peak = row["tokens"] / row["seconds"], peak_flops(device, dtype)
-        rows.append(row | dict(tokens_per_second=speed, mfu=peak and speed * row["flops_per_token"] / peak))
+        rows.append(row | dict(tokens_per_second=row["tokens"] / row["seconds"]))
     return rows
 
 
@@ -242,14 +241,14 @@ def contests(args):
 def as_table(rows: list[dict]) -> str:
     """Markdown. The ratio is that of medians; in brackets the lowest and the highest of a round."""
     first = rows[0]
-    lines = [["", "tokens/s", f"to {first['name']}", "peak memory, GB", "parameters, M", "first step, s",
-              "MFU"], ["---"] * 7]
+    lines = [["", "tokens/s", f"to {first['name']}", "peak memory, GB", "parameters, M", "first step, s"],
+             ["---"] * 6]
     for r in rows:
         ratios = [theirs / own for theirs, own in zip(first["rounds"], r["rounds"])]
         lines.append([r["name"], f"{r['tokens_per_second']:,.0f}",
                       f"{first['seconds'] / r['seconds']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
                       f"{r['peak_bytes'] / 1e9:.2f}", f"{r['parameters'] / 1e6:.2f}",
-                      f"{r['first_step']:.1f}", f"{r['mfu']:.3f}" if r["mfu"] else ""])
+                      f"{r['first_step']:.1f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

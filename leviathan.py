@@ -154,7 +154,6 @@ class TokenGenerator(nn.Module):
         self.modes = Modes(d_seed, self.n_knots, n_modes * mode_width)
         self.mode_proj = nn.Linear(n_modes * mode_width, d_model, bias=False)       # W_1 ... W_M
         self.residual_proj = nn.Linear(d_seed, d_model, bias=False)                 # W_res
-        self.register_load_state_dict_post_hook(check_addresses)
         initialise(self, seed)
 
     def seeds(self, ids):
@@ -222,15 +221,6 @@ class LevGenerator(TokenGenerator):
 
 
 GENERATORS = {"v1": TokenGenerator, "lev": LevGenerator}
-
-
-def check_addresses(generator: TokenGenerator, _):
-    """Raises ValueError unless addresses, which may come from a file, are different integers below b^k."""
-    a, room = generator.addresses, generator.base**generator.n_coords
-    if a.is_meta:
-        return
-    if a.is_floating_point() or a.min() < 0 or a.max() >= room or len(a.unique()) < len(a):
-        raise ValueError(f"addresses must be {len(a):,} different integers in 0 ... {room - 1:,}")
 
 
 # ---- the decoder: Llama, parameter by parameter --------------------------------------------------------

@@ -24,6 +24,8 @@ def choose_device(wanted: str | None = None, local_rank: int = 0) -> torch.devic
     if not available.get(wanted):
         raise ValueError(f"--device {wanted}: there is none here; choose from "
                          f"{', '.join(name for name, there in available.items() if there)}")
+    if wanted == "cuda" and local_rank >= (n := torch.cuda.device_count()):
+        raise ValueError(f"there are {n} GPUs here: lower --nproc_per_node to that")
     return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
 
 

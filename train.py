@@ -57,7 +57,6 @@ PRESETS = {     # shape, then recipe; warmup is a share of the steps. The first 
 MAY_CHANGE = {"data", "out", "device", "dtype", "compile", "micro_batch",   # on --resume
               "eval_every", "eval_tokens", "save_every", "keep"}
 ZERO_OR_MORE = {"seed", "warmup_steps", "weight_decay", "final_rate", "beta1", "beta2"}
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}     # bfloat16
 
 
 @dataclass
@@ -157,18 +156,27 @@ def window_stream(windows: Windows, positions, seed: int) -> np.ndarray:
 
 # ---- models and their checkpoints ----------------------------------------------------------------------
 
-def start_from(file: str, config: Config, seed: int) -> LanguageModel:
-    """A model, some of whose tensors come from a file; n_coords, base and d_seed are its codebooks' shape."""
-    given = load_tensors(file)
+def build(config: Config, t: Training) -> LanguageModel:
+    """The model at its start. A file decides n_coords, base and d_seed too: by the shape of its codebooks."""
+    given = load_tensors(t.start) if t.start else {}
     try:
         if config.model == "leviathan" and "embed_tokens.codebooks" in given:
             n_coords, base, d_seed = given["embed_tokens.codebooks"].shape
             config = replace(config, n_coords=n_coords, base=base, d_seed=d_seed)
-        model = LanguageModel(config, seed=seed)
+        if t.isoparametric:
+            config = replace(config, n_layers=isoparametric_depth(config))
+        model = LanguageModel(config, seed=t.seed)
         model.load_state_dict(model.state_dict() | given)
+        if (a := given.get("embed_tokens.addresses")) is not None:
+            room = model.embed_tokens.base ** model.embed_tokens.n_coords
+            if a.is_floating_point() or len(a.unique()) < len(a) or not 0 <= a.min() <= a.max() < room:
+                raise ValueError(f"addresses must be different integers in 0 ... {room - 1:,}")
         return model
     except Exception as error:          # of whatever the file holds
-        raise ValueError(f"--start {file} does not fit the model: {' '.join(str(error).split())}") from error
+        if not t.start:
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--start {t.start} does not fit the model: {reason}") from error
 
 
 def checkpoints(out: Path, ending: str = "") -> list[Path]:
@@ -190,6 +198,7 @@ def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, k
         for path in partial.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)       # one that was found damaged
         os.replace(partial, folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -202,27 +211,17 @@ def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, k
 
 
 def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
-    """config.json, model and optimizer's state of the newest checkpoint; damaged ones are kept aside."""
-    damaged = {}
+    """config.json, model and optimizer's state of the newest checkpoint that is not damaged."""
     for folder in reversed(checkpoints(out)):
         try:
-            model, moments = load(folder), load_tensors(folder / "optimizer.pt")
             about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if type(about["step"]) is not int or not about["data"] or not about["config"] | about["training"]:
                 raise ValueError(f"{folder}: config.json lacks what train.py writes")
-            found = about, model, moments
+            return about, load(folder), load_tensors(folder / "optimizer.pt")
         except Exception as error:          # of whatever a file holds
-            damaged[folder] = error
-            continue
-        for folder, error in damaged.items():
-            aside = folder.with_suffix(".damaged")
-            say(f"{folder.name} is kept as {aside.name}, and the one before it used: {error}")
-            if os.environ.get("RANK", "0") == "0":
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-        return found
-    errors = "; ".join(map(str, damaged.values()))
-    raise ValueError(f"nothing to resume: no checkpoint in {out} is whole: {errors}")
+            problem = error
+            say(f"the checkpoint before {folder} is used, since that is damaged: {error}")
+    raise ValueError(f"nothing to resume: no checkpoint in {out} is whole ({problem})")
 
 
 def compile_parts(module):
@@ -232,24 +231,12 @@ def compile_parts(module):
             part.compile(dynamic=True if isinstance(part, Modes) else None)
 
 
-def flops_per_token(model: LanguageModel) -> int:
-    """Of a training step: 6 a parameter of blocks and head, 12 L D T for attention; without the generator."""
-    c, parts = model.config, model.parameters_by_part()
-    return 6 * (parts["blocks"] + parts["head"]) + 12 * c.n_layers * c.d_model * c.seq_len
-
-
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the hardware has instructions for it, as torch knows; elsewhere float32 is as fast."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(there for name, there in known.items() if "bf16" in name)
-
-
-def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """What the device multiplies at best, for MFU (model FLOPs utilisation); None where that is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == "bfloat16" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def plot_curves(log: list[dict], unigram: float, title: str, path: Path):
@@ -290,11 +277,6 @@ def main():
         except OSError:         # of a closed pipe or terminal, a full disk
             hang_up()
 
-    device = choose_device(given.get("device"), local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out = Path(given.get("out") or f"out/{given.get('model', 'leviathan')}-{given.get('preset', 'nano')}")
     if resume and not out.is_dir():
         raise ValueError(f"nothing to resume: there is no {out}; name the run's folder with --out")
@@ -314,7 +296,14 @@ def main():
         settings |= given
     t = Training(**{field.name: settings[field.name] for field in fields(Training) if field.name in settings})
     shape = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
-    preset(t.preset, **shape)               # raises before any data is prepared
+    config = preset(t.preset, **shape)      # raises before any data is prepared
+    if t.isoparametric and config.model != "leviathan":
+        raise ValueError("--isoparametric deepens Leviathan; its twin is --model dense-untied without it")
+    device = choose_device(t.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # ---- data ------------------------------------------------------------------------------------------
     if rank == 0 and t.data == Training.data and not Path(t.data).exists():
@@ -331,12 +320,7 @@ def main():
 
     # ---- model -----------------------------------------------------------------------------------------
     if not about:
-        config = preset(t.preset, **shape)
-        if t.isoparametric and config.model != "leviathan":
-            raise ValueError("--isoparametric deepens Leviathan; its twin is --model dense-untied without it")
-        if t.isoparametric:
-            config = replace(config, n_layers=isoparametric_depth(config))
-        model = start_from(t.start, config, t.seed) if t.start else LanguageModel(config, seed=t.seed)
+        model = build(preset(t.preset, **shape), t)
     config = model.config
     dtype = t.dtype or ("bfloat16" if multiplies_bfloat16(device) else "float32")
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
@@ -436,8 +420,7 @@ def main():
     model.train()
     bar = tqdm(initial=step, total=t.steps, unit="step",
                disable=rank > 0 or bool(os.environ.get("TQDM_DISABLE")) or None)
-    peak, started, stops = peak_flops(device, dtype), time.perf_counter(), False
-    reader = ThreadPoolExecutor(1)
+    reader, started, stops = ThreadPoolExecutor(1), time.perf_counter(), False
     ahead = reader.submit(read, step)
     while step < t.steps and not stops:
         windows, ahead = ahead.result(), reader.submit(read, step + 1)
@@ -470,8 +453,7 @@ def main():
             log.append(line)
             with open(log_path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            mfu = {"MFU": f"{speed * flops_per_token(model) / (peak * world):.1%}"} if peak else {}
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", **mfu, refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
             bar.update()
             if step % t.save_every == 0 or step == t.steps or stops:
                 save(out, step, model, optimizer, about, meta["tokenizer"], t.keep)
@@ -500,5 +482,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}): lower --micro-batch")
+    except (RuntimeError, MemoryError) as error:        # of CUDA, of the CPU's allocator, of numpy
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}): lower --micro-batch, or take a "
+                 "smaller model")

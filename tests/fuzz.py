@@ -73,7 +73,7 @@ def make(folder: Path) -> dict:
         prepare_pile.token_bytes(encoding)
 
     shard, counts, index = (data / name for name in ("train-00000.bin", "counts.npy", "train-00000.idx"))
-    moments, known = run / "optimizer.pt", data / "meta.json"
+    moments, known, begun = run / "optimizer.pt", data / "meta.json", train.Training(start=str(start))
     readers = {
         "meta.json": (known, windows, False), "shard": (shard, windows, False),
         "meta.json, verified": (known, lambda: prepare_pile.verify(data), False),
@@ -83,7 +83,7 @@ def make(folder: Path) -> dict:
         "tokenizer.json": (run / "tokenizer.json", tokenizer, False),
         "model.pt": (run / "model.pt", weights, True),
         "optimizer.pt": (moments, lambda: saved(load_tensors(moments)), True),
-        "start.pt": (start, lambda: saved(train.start_from(start, SHAPE, 0).state_dict()), True)}
+        "start.pt": (start, lambda: saved(train.build(SHAPE, begun).state_dict()), True)}
     for path in folder.glob("text.*"):
         readers[path.name] = path, lambda path=path: [*prepare_pile.documents(path)], False
     for path in (shard, counts, index):

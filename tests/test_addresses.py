@@ -10,7 +10,7 @@ import torch
 from lab import addresses
 from leviathan import Config, digits, load
 from prepare_pile import Windows, read_counts
-from train import start_from
+from train import Training, build
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--seq-len 32 --d-model 32 --n-layers 1 --n-heads 2 --mode-width 1 --tokens-per-step 256 --steps 2 "
@@ -123,7 +123,7 @@ def test_from_data_to_a_trained_model(tiny_data, tmp_path, monkeypatch):
     run(monkeypatch, tiny_data, "--d-seed", 16, "--out", tmp_path / "new/learned.pt")
     run(monkeypatch, tiny_data, "--for", "dense-untied", "--d-model", 32, "--out", tmp_path / "new/table.pt")
     config = Config(model="dense-untied", vocab_size=300, d_model=32, n_layers=1)
-    table = start_from(str(tmp_path / "new/table.pt"), config, 0).embed_tokens.weight
+    table = build(config, Training(start=str(tmp_path / "new/table.pt"))).embed_tokens.weight
     assert torch.equal(table, torch.load(tmp_path / "new/table.pt", weights_only=True)["embed_tokens.weight"])
     flags = ["--data", tiny_data, "--start", tmp_path / "new/learned.pt", "--out", tmp_path / "run"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *TINY, *flags], capture_output=True, text=True)

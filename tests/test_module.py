@@ -245,20 +245,6 @@ def test_derivatives_that_would_be_wrong_are_refused():
 
 # ---- what comes from a file ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change", [
-    lambda a: a.index_fill(0, torch.tensor([3]), 4), lambda a: a - 1, lambda a: a + 29, lambda a: a.bool(),
-    lambda a: a / 2], ids=["collide", "negative", "too large", "bool", "floating"])
-@pytest.mark.parametrize("assign", [False, True])
-def test_wrong_addresses_are_refused(embed, change, assign):
-    """Base 5 and 3 digits number 125 tokens: 0 ... 124."""
-    good = torch.arange(97).flip(0)
-    embed.load_state_dict(embed.state_dict() | {"addresses": good}, assign=assign)
-    assert torch.equal(embed.addresses, good)
-    wrong = embed.state_dict() | {"addresses": change(torch.arange(97))}
-    with pytest.raises(ValueError, match="addresses must be 97 different integers in 0 ... 124"):
-        embed.load_state_dict(wrong, assign=assign)
-
-
 def test_compiled_whole():
     """Traced with its backward; what a C++ compiler makes of that, tests of train.py see."""
     model = LanguageModel(Config(**TINY | dict(d_model=8, d_seed=4, n_modes=1)))
