@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from leviathan import GENERATORS, Config, LanguageModel, TokenGenerator, linear_cross_entropy
 from prepare_pile import documents, stdlib_files, written_whole
-from sample import choose_device
-from train import compile_parts
+from train import choose_device, compile_parts
 
 MODELS = {                                      # the first is what the others are compared with
     "dense": dict(model="dense"),

@@ -24,12 +24,12 @@ from threading import Lock
 import numpy as np
 import torch
 
-from lab import addresses
+from lab import addresses, generators
 from leviathan import Config, load
 from prepare_pile import prepare_stdlib, written_whole
 from train import PRESETS, Training
 
-TRAIN = Path(__file__).parent.parent / "train.py"
+ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # train.py, with more generators
 STARTS = {      # {name} among flags is a file that lab.addresses writes of the data, with these settings
     "table": dict(model="dense-untied"), "learned": dict(), "noise": dict(noise=True),
     "shuffled": dict(addresses="shuffled", noise=True), "frequency": dict(addresses="frequency", noise=True)}
@@ -84,8 +84,9 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
             return None
         shutil.rmtree(folder, ignore_errors=True)       # of a run that was stopped
         given = [*ready([*shlex.split(shared), *flags.split()], out), "--seed", str(seed), "--out", folder]
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT))
         done = subprocess.run([sys.executable, TRAIN, *given, "--save-every", "1000000"], capture_output=True,
-                              text=True, env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
+                              text=True, env=env)
         if done.returncode:
             reason = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
             raise ValueError(f"the run {flags!r} of seed {seed} failed: {reason}")
@@ -105,19 +106,19 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
     return head | dict(log=log)
 
 
-def campaign(names: list[str], shared: str, seeds: int, out: Path, jobs=1, minutes=float("inf")) -> dict:
-    """Run what is missing, until the time is up. -> {experiment: {variant: [runs]}} of what is there"""
+def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minutes=float("inf")) -> dict:
+    """Run what is missing of {experiment: {variant: flags}}, until the time is up. -> [runs] for the flags"""
     deadline, threads = time.monotonic() + 60 * minutes, max(1, torch.get_num_threads() // jobs)
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    keys = dict.fromkeys((flags, seed) for seed in range(seeds) for name in names
-                         for flags in EXPERIMENTS[name].values() if seed == 0 or name not in SWEEPS)
+    keys = dict.fromkeys((flags, seed) for seed in range(seeds) for name, variants in experiments.items()
+                         for flags in variants.values() if seed == 0 or name not in SWEEPS)
     with ThreadPoolExecutor(jobs) as pool:
         runs = dict(zip(keys, pool.map(lambda key: run(*key, shared, out, threads, deadline), keys)))
     if None in runs.values():
         print(f"{[*runs.values()].count(None)} runs had no time: the same command goes on")
-    return {name: {variant: own for variant, flags in EXPERIMENTS[name].items()
+    return {name: {variant: own for variant, flags in variants.items()
                    if (own := [runs[flags, seed] for seed in range(seeds) if runs.get((flags, seed))])}
-            for name in names}
+            for name, variants in experiments.items()}
 
 
 # ---- what came out -----------------------------------------------------------------------------------------
@@ -180,7 +181,8 @@ def main():
     args = parser.parse_args()
     if min(args.seeds, args.jobs) < 1:
         raise ValueError("--seeds and --jobs must be at least 1")
-    found = campaign(args.experiments, args.train, args.seeds, args.out, args.jobs, args.minutes)
+    wanted = {name: EXPERIMENTS[name] for name in args.experiments}
+    found = campaign(wanted, args.train, args.seeds, args.out, args.jobs, args.minutes)
     tables = []
     for name, variants in found.items():
         if variants:

@@ -84,7 +84,7 @@ def test_own_generator(tmp_path, tiny_data):
     def run(*command):
         return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
                               timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    done = run("-m", "lab.additive", "--data", tiny_data, "--out", tmp_path / "out", *(
+    done = run("-m", "lab.generators", "--data", tiny_data, "--out", tmp_path / "out", *(
         "--generator additive --seq-len 16 --d-model 16 --n-layers 1 --d-seed 8 --mode-width 1 "
         "--tokens-per-step 64 --steps 2 --eval-tokens 64 --device cpu").split())
     assert done.returncode == 0, done.stderr

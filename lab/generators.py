@@ -1,0 +1,51 @@
+"""Generators of one's own, each a class with a name in GENERATORS. Two that ask something of the method:
+
+    python -m lab.generators --generator additive --out out/additive    # train.py, and all of its flags
+    python -m lab.generators --generator bits --out out/bits
+"""
+import sys
+
+import torch
+from torch import nn
+
+import train
+from leviathan import GENERATORS, Modes, TokenGenerator, digits, initialise, spline_basis
+
+
+class Sums(Modes):
+    def forward(self, x):
+        return 1 + (spline_basis(x.T, self.splines.shape[1]) @ self.splines).sum(0)         # (U, C)
+
+
+class Additive(TokenGenerator):
+    """Is the product needed? A sum of the same curves in its place: 1 + Σ_d (φ_d - 1) for Π_d φ_d [O]."""
+    def __init__(self, vocab_size: int, d_model: int, *, seed: int = 0, **settings):
+        super().__init__(vocab_size, d_model, **settings)
+        self.modes = Sums(self.d_seed, self.n_knots, self.n_modes * self.mode_width)
+        initialise(self, seed)
+
+
+class Bits(nn.Module):
+    """Is anything to be learned? The bits of the id as ±1, tiled to D: no parameters (arXiv 2605.09751)."""
+    def __init__(self, vocab_size: int, d_model: int, **_):
+        super().__init__()
+        self.vocab_size, self.d_model = vocab_size, d_model
+        self.n_bits = max(1, (vocab_size - 1).bit_length())
+
+    def forward(self, ids):
+        """(N) -> (N, D)"""
+        column = torch.arange(self.d_model, device=ids.device) % self.n_bits
+        return 2.0 * digits(ids, 2, self.n_bits)[..., column] - 1
+
+    def table(self):
+        """-> (V, D)"""
+        return self(torch.arange(self.vocab_size))
+
+
+GENERATORS |= dict(additive=Additive, bits=Bits)
+
+if __name__ == "__main__":
+    try:
+        train.main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"lab.generators: {error}")
