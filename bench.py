@@ -1,6 +1,7 @@
 """Speed and memory of Leviathan beside its dense twins: `python bench.py`.
 
-    models   a training step (forward, backward, AdamW) of each model of one shape
+    models   a training step (forward, backward, AdamW) of each model of one shape; on a CPU in float32, and
+             in bfloat16 where train.py would choose that
     pieces   the generator, and the head with its loss, beside the way in which they are usually written
 
 Each is a contest of processes, so that a peak of memory is a contestant's own and one that fails is named and
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from leviathan import GENERATORS, Config, LanguageModel, TokenGenerator, linear_cross_entropy
 from prepare_pile import documents, stdlib_files, written_whole
-from train import choose_device, compile_parts
+from train import choose_device, compile_parts, multiplies_bfloat16
 
 MODELS = {                                      # the first is what the others are compared with
     "dense": dict(model="dense"),
@@ -221,20 +222,26 @@ def piece(contestant, config: Config, windows, dtype: str, kind: str):
 
 
 def contests(args):
-    """Yields of each contest its shape, what builds a contestant, {name: settings}. Raises ValueError."""
-    V, T = args.vocab_size, args.seq_len
+    """Yields of each contest its title, what builds a contestant, {name: settings}. Raises ValueError."""
+    V, T, (first, *others) = args.vocab_size, args.seq_len, args.dtypes
     for shape in args.shape:
         if not (numbers := re.fullmatch(r"(\d+)x(\d+)", shape)):
             raise ValueError(f"--shape {shape}: write width x layers, such as 256x6")
+        title = f"D = {numbers[1]}, {numbers[2]} layers"
         config = Config(d_model=int(numbers[1]), n_layers=int(numbers[2]), vocab_size=V, seq_len=T)
-        given = dict(config=config, windows=natural_windows(args.tokens, V, T), dtype=args.dtype)
+        given = dict(config=config, windows=natural_windows(args.tokens, V, T), dtype=first)
+        models = {name: given | dict(config=replace(config, **how), compiled=args.compile, hf="hf" in name)
+                  for name, how in MODELS.items()}
         if "models" in args.sections:
-            yield shape, training_step, {
-                name: given | dict(compiled=args.compile, config=replace(config, **variant), hf="hf" in name)
-                for name, variant in MODELS.items()}
+            yield title, training_step, models
+            for dtype in others:            # beside the same first one; all at once would want much memory
+                own = {f"{name}, {dtype}": how | dict(dtype=dtype) for name, how in models.items()
+                       if "hf" not in name}
+                yield f"{title}, {dtype}", training_step, {"dense": models["dense"]} | own
         for kinds in PIECES if "pieces" in args.sections else ():
-            given["dtype"] = args.dtype if "head" in kinds else "float32"           # as in any model
-            yield shape, piece, {kind: given | dict(kind=kind) for kind in kinds}
+            dtypes = args.dtypes if "head" in kinds else ["float32"]            # as in any model
+            yield title, piece, {f"{kind}, {dtype}": given | dict(kind=kind, dtype=dtype)
+                                 for dtype in dtypes for kind in kinds}
 
 
 def as_table(rows: list[dict]) -> str:
@@ -256,7 +263,7 @@ def plot(panels: dict[str, list[dict]], path: Path, setting: str):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    size = dict(figsize=(8, 1 + 2.5 * len(panels)), layout="constrained")
+    size = dict(figsize=(8, 1 + 0.4 * sum(map(len, panels.values()))), layout="constrained")
     figure, axes = plt.subplots(len(panels), squeeze=False, **size)
     for ax, (title, rows) in zip(axes[:, 0], panels.items()):
         left = [0.0] * len(rows)
@@ -293,17 +300,18 @@ def main():
         raise ValueError("--rounds must be at least 1, and --plot a .png that draws the section models")
     device = choose_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    setting = (f"{device.type} ({name}), torch {torch.__version__}, {args.dtype}, compile "
+    faster = multiplies_bfloat16(device)            # then train.py would choose that
+    args.dtypes = ["float32"] * (device.type == "cpu" or not faster) + ["bfloat16"] * faster
+    setting = (f"{device.type} ({name}), torch {torch.__version__}, {' and '.join(args.dtypes)}, compile "
                f"{'on' if args.compile else 'off'}; V = {args.vocab_size:,}, {args.tokens:,} tokens a step")
     rows, panels, found = [], {}, list(contests(args))      # all at once: bad flags are refused now
     print(setting)
-    for shape, build, contestants in found:
+    for title, build, contestants in found:
         new = contest(build, contestants, device, args.rounds)
-        print(f"\n{shape}\n\n{as_table(new)}", flush=True)
+        print(f"\n{title}\n\n{as_table(new)}", flush=True)
         rows += new
         if build is training_step:
-            panels[f"D = {shape.replace('x', ', ')} layers"] = new
+            panels[title] = new
     if args.json:
         with written_whole(args.json) as partial:
             partial.write_text(json.dumps(dict(setting=setting, rows=rows), indent=1), encoding="utf-8")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench
+import train
 from lab import growth
 from leviathan import Config, TokenGenerator
 
@@ -43,7 +44,10 @@ def test_bench(tmp_path):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    assert bench.MODELS.keys() - {"hf-llama"} <= rows.keys() and rows.keys() <= bench.MODELS.keys()
+    more = [", bfloat16"] * train.multiplies_bfloat16(CPU)
+    expected = {name + also for name in bench.MODELS for also in ["", *more]} - {"hf-llama, bfloat16"}
+    assert expected - {"hf-llama"} <= rows.keys() <= expected
+    assert {row["dtype"] for name, row in rows.items() if "bfloat16" not in name} == {"float32"}
     assert ("hf-llama" in rows) == ("hf-llama is left out: ModuleNotFoundError" not in done.stdout)
     for name, row in rows.items():
         assert f"\n| {name} | {row['tokens_per_second']:,.0f} |" in done.stdout
@@ -66,8 +70,9 @@ def test_pieces(monkeypatch, capsys, hurried):
     monkeypatch.setattr(sys, "argv", ["bench.py", *TINY, "--device", "cpu", "--sections", "pieces"])
     bench.main()
     printed = capsys.readouterr().out
-    assert "to plain generator |" in printed and "to plain head |" in printed and "left out" not in printed
-    assert all(f"\n| {kind} | " in printed for kinds in bench.PIECES for kind in kinds)
+    assert "to plain generator, float32 |" in printed and "to plain head, float32 |" in printed
+    assert all(f"\n| {kind}, float32 | " in printed for kinds in bench.PIECES for kind in kinds)
+    assert ("| head, bfloat16 | " in printed) == train.multiplies_bfloat16(CPU) and "left out" not in printed
 
 
 @pytest.mark.skipif(not bench.CUDA, reason="needs a GPU")
@@ -75,8 +80,8 @@ def test_bench_on_a_gpu(tmp_path):
     done = run("bench.py", *TINY, "--no-compile", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    assert rows.keys() >= {*bench.MODELS, *bench.PIECES[0], *bench.PIECES[1]} - {"hf-llama"}
-    assert rows["dense"]["dtype"] == "bfloat16" and rows["generator"]["dtype"] == "float32"
+    assert rows.keys() >= {*bench.MODELS, "generator, float32", "head, bfloat16"} - {"hf-llama"}
+    assert rows["dense"]["dtype"] == "bfloat16"
     assert all(0 < row["seconds"] < 10 and 0 < row["peak_bytes"] < 2**31 for row in rows.values())
 
 
