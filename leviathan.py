@@ -147,7 +147,7 @@ class TokenGenerator(nn.Module):
             raise ValueError(f"{n_coords} digits of base {self.base} cannot number {vocab_size:,} tokens")
         if self.n_knots < 3:
             raise ValueError(f"n_knots is {self.n_knots}: a quadratic spline needs 3")
-        self.register_buffer("addresses", torch.arange(vocab_size))
+        self.register_buffer("addresses", torch.empty(vocab_size, dtype=torch.long))
         self.codebooks = nn.Parameter(torch.empty(n_coords, self.base, d_seed))     # C
         self.seed_proj = nn.Linear(d_seed, d_seed, bias=False)                      # W_seed
         self.seed_norm = nn.LayerNorm(d_seed)
@@ -177,7 +177,8 @@ class TokenGenerator(nn.Module):
     def forward(self, ids):
         """The same, fast [O]: each distinct id once, in chunks that backward computes again. (N) -> (N, D)
 
-        In float32 whatever the autocast. Raises TypeError unless ids are integers, IndexError beyond V.
+        In float32 whatever the autocast. Raises TypeError unless ids are integers, IndexError beyond V. Under
+        torch.func.functional_call take `rows`: the backward here reads the module's own parameters.
         """
         if ids.dtype == torch.bool or ids.is_floating_point():
             raise TypeError(f"ids are of type {ids.dtype}: they must be integers")
@@ -295,8 +296,9 @@ class LanguageModel(nn.Module):
         if ids.shape[1] > self.config.seq_len:
             raise ValueError(f"{ids.shape[1]} tokens exceed the model's seq_len of {self.config.seq_len}")
         x, head = self.hidden(self.embed_tokens(ids)), self.lm_head             # (B, T, D)
-        changed = type(head) is not nn.Linear or head.bias is not None or head._forward_hooks
-        if targets is None or changed or head._forward_pre_hooks:               # by LoRA, quantisation ...
+        changed = (type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head) or any(
+            (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)))
+        if targets is None or changed:                                          # by LoRA, quantisation ...
             logits = head(x)
             return logits if targets is None else F.cross_entropy(logits.mT.float(), targets)
         return linear_cross_entropy(x, head.weight, targets)
@@ -343,6 +345,8 @@ def initialise(module: nn.Module, seed: int) -> None:
         norms                         none: they start as the identity
     """
     generator = next((m for m in module.modules() if isinstance(m, TokenGenerator)), None)
+    if generator is not None:
+        generator.addresses.copy_(torch.arange(generator.num_embeddings))       # the ids
     share = 0.02 if generator is None or generator.residual_proj is None else 0.02 * math.sqrt(0.5)
     deep = 0.02 / math.sqrt(2 * len(getattr(module, "layers", [0])))            # a generator alone has none
     names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: the head's
@@ -368,7 +372,7 @@ def isoparametric_depth(config: Config) -> int:
 
 # ---- the loss, whose logits are the largest thing in a training step [O] -------------------------------
 
-LOGITS_AT_ONCE = {"cpu": 2**25, "other": 2**28}     # 128 MB of float32 on a CPU, 1 GB elsewhere
+LOGITS_AT_ONCE = {"cpu": 2**28, "other": 2**29}     # bytes
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -382,9 +386,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         kind, V = hidden.device.type, len(weight)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        chunk = max(1, LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["other"]) // V)
-        block = 8 if kind == "cpu" else chunk                                   # rows that fit a CPU's cache
         w, loss = weight.to(dtype), torch.zeros((), dtype=wide, device=hidden.device)
+        chunk = max(1, LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["other"]) // (V * w.element_size()))
+        block = 8 if kind == "cpu" else chunk                                   # rows that fit a CPU's cache
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
         buffer = w.new_empty(min(chunk, len(hidden)), V)                        # once: memory is slow to come
         for start in range(0, len(hidden), chunk):
@@ -420,7 +424,8 @@ def linear_cross_entropy(hidden, weight, targets):
 
 def newest_checkpoint(path) -> Path:
     """The folder if it is a checkpoint, else the newest step-00000042 in it. Raises ValueError if none is."""
-    newest = max(Path(path).glob("step-" + 8 * "[0-9]"), default=Path(path))    # other names are a user's
+    found = (folder for folder in Path(path).glob("step-" + 8 * "[0-9]") if folder.is_dir())
+    newest = max(found, default=Path(path))                                     # other names are a user's
     if not (newest / "model.pt").exists():
         raise ValueError(f"no checkpoint in {path}: name a folder that train.py has written")
     return newest
@@ -432,6 +437,8 @@ def load_tensors(path):
         if damaged := zipfile.ZipFile(path).testzip():                          # torch looks at no checksum
             raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):                                      # which say what is wrong
+        raise
     except Exception as error:                                                  # of any type, says torch
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} is missing or damaged ({reason}): take another checkpoint") from error

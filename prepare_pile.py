@@ -30,7 +30,7 @@ import sysconfig
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -47,11 +47,18 @@ BLOCK = 2**20                   # bytes or tokens read at once
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def quiet() -> bool | None:
+    """For tqdm: no bar where TQDM_DISABLE says so, nor in a log."""
+    return bool(os.environ.get("TQDM_DISABLE")) or None
+
+
 @contextmanager
 def naming(what):
     """Whatever goes wrong within, as a ValueError that says with what."""
     try:
         yield
+    except (PermissionError, MemoryError):              # which say what is wrong
+        raise
     except Exception as error:
         raise ValueError(f"{what} is missing, damaged or other data ({error}): prepare it again") from error
 
@@ -281,7 +288,8 @@ AHEAD = 2**23                   # characters for each thread, so that none waits
 @contextmanager
 def written_whole(path: Path):
     """A temporary path to write to. It takes the name `path` once it is whole and on the disk."""
-    partial = path.with_name(f"{path.name}.tmp")
+    path = Path(os.path.realpath(path))             # of a link, what it points to
+    partial = path.with_name(f".{path.name}.tmp")
     try:
         yield partial
         with open(partial, "rb+") as file:
@@ -324,7 +332,7 @@ class Unfinished:
                 raise ValueError(f"{folder} was begun by another command or from other files ({changed[0]} "
                                  "differ): repeat that, remove the folder, or choose another --out")
             self.meta = None if changed else meta
-        elif others := {*os.listdir(folder)} - {".lock", "meta.json.tmp", "lost+found"}:
+        elif others := {*os.listdir(folder)} - {".lock", ".meta.json.tmp", "lost+found"}:
             raise ValueError(f"{folder} holds something else ({min(others)}): choose another --out")
 
     def begin(self, request: dict, encoding: tiktoken.Encoding):
@@ -345,6 +353,7 @@ class Unfinished:
             return
         if 0 < len(self.tokens[split]) > PART_TOKENS - n:
             self.save(position)
+            print(f"{sum(self.meta[split]['tokens'] for split in SPLITS):,} tokens are written", flush=True)
         if domain not in domains:
             domains.append(domain)
         self.index[split].extend((len(self.tokens[split]), domains.index(domain)))
@@ -428,12 +437,13 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
         if not least <= value <= MOST_IDS:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} to {MOST_IDS:,}")
     sources, folder = [*map(Path, val_files), *map(Path, files)], Path(out)
-    if len({*sources}) < len(sources):
-        twice = next(path for path in sources if sources.count(path) > 1)
-        raise ValueError(f"{twice} is named twice: name each file once, for training or for validation")
     for path in sources:
         next(documents(path, format, skip_bad=True), None)  # what cannot be read is refused before any work
-    request = dict(sources=[[path.name, sha256(path)] for path in sources], format=format,
+    digests, real = [sha256(path) for path in sources], [path.resolve() for path in sources]
+    for i, path in enumerate(sources):
+        if real[i] in real[:i] or i >= len(val_files) and digests[i] in digests[:len(val_files)]:
+            raise ValueError(f"{path} is named twice: name each file once, for training or for validation")
+    request = dict(sources=[[path.name, digest] for path, digest in zip(sources, digests)], format=format,
                    validation=[len(val_files), None if val_files else holdout],
                    tokenizer=encoding.name if encoding else vocab_size)
 
@@ -466,9 +476,9 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
         meta, tokenizer = unfinished.meta, tokenizer_from_json(unfinished.meta["tokenizer"])
         start, sizes = np.uint32(meta["end_of_text"]).tobytes(), [path.stat().st_size for path in sources]
         if not meta["finished"]:
-            done, quiet = sum(sizes[:meta["position"][0]]), bool(os.environ.get("TQDM_DISABLE"))
+            done = sum(sizes[:meta["position"][0]])
             with tqdm(desc=f"tokenising into {folder}", total=sum(sizes), initial=done, unit="B",
-                      unit_scale=True, disable=quiet or None) as bar:
+                      unit_scale=True, disable=quiet()) as bar:
                 for document in in_order(tokenise, unread(meta["position"], bar.update), threads):
                     unfinished.add(*document)
             unfinished.finish([len(sources), 0])
@@ -489,7 +499,9 @@ def report(meta: dict):
 
 
 def prepare_stdlib(out="data/stdlib", vocab_size: int = 32_768) -> dict:
-    """The default data, which every machine has: Python's own standard library."""
+    """The default data, which every machine has: Python's own standard library. What is finished stays."""
+    with suppress(ValueError):
+        return read_meta(out)
     return prepare(stdlib_files(), out, threads=THREADS, vocab_size=vocab_size)
 
 
@@ -558,7 +570,7 @@ class Windows:
         self.ends = np.cumsum([0, *(max(0, shard["tokens"] - 1) // seq_len for shard in self.shards)])
         if not len(self):
             raise ValueError(f"the {split} split of {folder} is shorter than one window of {seq_len + 1} "
-                             "tokens: shorten the window (--seq-len) or prepare more text")
+                             "tokens: prepare more text, or take shorter windows")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -620,6 +632,8 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once: any moment will do
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")    # where a character of a domain is lacking, "?"
     try:
         main()
     except ValueError as error:

@@ -47,7 +47,7 @@ def read_checkpoint(path, device="cpu"):
 class KeyValues:
     """Keys and values of one layer's positions so far, in memory taken once. Two of (B, H, seq_len, d)"""
     def __init__(self, model: LanguageModel, batch: int):
-        c, weight = model.config, model.lm_head.weight
+        c, weight = model.config, model.norm.weight         # of its dtype and device; the head may be LoRA's
         self.k, self.v = weight.new_empty(2, batch, c.n_heads, c.seq_len, c.d_model // c.n_heads)
         self.length = 0
 
@@ -83,7 +83,7 @@ def generate(model: LanguageModel, ids, n_tokens: int, temperature: float = 1.0,
     Keys and values are kept, so only new tokens pass through the model. When its context is full, the older
     half is forgotten and the newer read again: a token is drawn from seq_len / 2 to seq_len before it.
     """
-    T, device = model.config.seq_len, model.lm_head.weight.device
+    T, device = model.config.seq_len, model.norm.weight.device
     streams = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
     ids = new = ids[-T:].to(device).expand(samples, -1)                 # (B, up to T)
     caches = [KeyValues(model, samples) for _ in model.layers]

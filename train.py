@@ -34,7 +34,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from leviathan import Block, Config, LanguageModel, Modes, isoparametric_depth, load, load_tensors
-from prepare_pile import Windows, prepare_stdlib, read_meta, sole_writer, tokenizer_from_json, written_whole
+from prepare_pile import (
+    Windows,
+    prepare_stdlib,
+    quiet,
+    read_meta,
+    sole_writer,
+    tokenizer_from_json,
+    written_whole,
+)
 from sample import choose_device, stream_text
 
 # ---- settings ------------------------------------------------------------------------------------------
@@ -181,7 +189,7 @@ def build(config: Config, t: Training) -> LanguageModel:
 
 def checkpoints(out: Path, ending: str = "") -> list[Path]:
     """Those of a run, oldest first. Names must match exactly: a user's copies are none."""
-    return sorted(out.glob("step-" + 8 * "[0-9]" + ending))
+    return sorted(path for path in out.glob("step-" + 8 * "[0-9]" + ending) if path.is_dir())
 
 
 def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, keep: int):
@@ -206,7 +214,7 @@ def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, k
             error = error.__context__ or error
         raise ValueError(f"step {step} could not be saved in {out} ({error}): once that is mended, --resume "
                          "goes on from the checkpoint before") from error
-    for old in checkpoints(out)[:-keep]:
+    for old in [path for path in checkpoints(out) if path <= folder][:-keep]:       # later ones are damaged
         shutil.rmtree(old)
 
 
@@ -218,6 +226,8 @@ def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
             if type(about["step"]) is not int or not about["data"] or not about["config"] | about["training"]:
                 raise ValueError(f"{folder}: config.json lacks what train.py writes")
             return about, load(folder), load_tensors(folder / "optimizer.pt")
+        except (PermissionError, MemoryError):
+            raise                           # it may be whole
         except Exception as error:          # of whatever a file holds
             problem = error
             say(f"the checkpoint before {folder} is used, since that is damaged: {error}")
@@ -259,8 +269,10 @@ def main():
     # ---- what to run: the flags, or a checkpoint's settings --------------------------------------------
     given = parse_arguments()
     resume = given.pop("resume", False)
-    rank, local_rank, world = (int(os.environ.get(name, default))
+    rank, local_rank, world = (int(os.environ.get(name) or default)
                                for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK is {rank}, WORLD_SIZE {world}: unset them, or let torchrun set them")
     stop = False
 
     def hang_up(*_):        # the terminal or the pipe is gone: finish the step and save, but say no more
@@ -280,7 +292,7 @@ def main():
     out = Path(given.get("out") or f"out/{given.get('model', 'leviathan')}-{given.get('preset', 'nano')}")
     if resume and not out.is_dir():
         raise ValueError(f"nothing to resume: there is no {out}; name the run's folder with --out")
-    if not resume and out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+    if not resume and out.exists() and {*os.listdir(out)} - {".lock", "lost+found"}:
         raise ValueError(f"{out} is not empty: go on with --resume, or name another folder with --out")
     lock = ExitStack()                      # which is let go when the process ends
     if resume and rank == 0:
@@ -306,8 +318,8 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # ---- data ------------------------------------------------------------------------------------------
-    if rank == 0 and t.data == Training.data and not Path(t.data).exists():
-        prepare_stdlib(Path(t.data))
+    if rank == 0 and t.data == Training.data:
+        prepare_stdlib(t.data)
     if world > 1:
         dist.barrier()
     meta = read_meta(t.data)
@@ -389,8 +401,10 @@ def main():
     log_path, log = out / "log.jsonl", []
     if rank == 0:
         if not resume:                      # now that all else is known to be right
-            out.mkdir(parents=True, exist_ok=True)
+            Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)      # what a link points to
             lock.enter_context(sole_writer(out))
+            if log_path.exists():
+                raise ValueError(f"another run has written {out} meanwhile: name another folder with --out")
         for leftover in checkpoints(out, ".partial"):
             shutil.rmtree(leftover)
         for line in log_path.read_text(errors="replace").splitlines() if log_path.exists() else ():
@@ -419,7 +433,7 @@ def main():
 
     model.train()
     bar = tqdm(initial=step, total=t.steps, unit="step",
-               disable=rank > 0 or bool(os.environ.get("TQDM_DISABLE")) or None)
+               disable=rank > 0 or quiet())
     reader, started, stops = ThreadPoolExecutor(1), time.perf_counter(), False
     ahead = reader.submit(read, step)
     while step < t.steps and not stops:
@@ -482,6 +496,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped before the first step")
     except (RuntimeError, MemoryError) as error:        # of CUDA, of the CPU's allocator, of numpy
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

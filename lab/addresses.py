@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from leviathan import digits, smallest_base
-from prepare_pile import Windows, read_counts, written_whole
+from prepare_pile import Windows, quiet, read_counts, written_whole
 
 BASE = 256                      # of digits learned with their codebooks: rows are cheap, and more fit better
 OFFSETS = (-2, -1, 1, 2)        # places of the context
@@ -47,7 +47,7 @@ def cooccurrence(windows: Windows, counts, sample: int):
     chunks = [(shard, i, min(i + CHUNK, end)) for shard, end in enumerate(ends) for i in range(0, end, CHUNK)]
     width = len(OFFSETS) * n_contexts
     keys, values = np.zeros(0, np.int64), np.zeros(0)
-    for chunk in tqdm(chunks, desc="counting neighbours", disable=None):
+    for chunk in tqdm(chunks, desc="counting neighbours", disable=quiet()):
         tokens, new = torch.from_numpy(windows.tokens(*chunk)), []
         for j, offset in enumerate(OFFSETS):
             centre = tokens[max(0, -offset):len(tokens) - max(0, offset)]

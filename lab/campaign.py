@@ -26,7 +26,7 @@ import torch
 
 from lab import addresses, generators
 from leviathan import Config, load
-from prepare_pile import prepare_stdlib, written_whole
+from prepare_pile import prepare_stdlib, sole_writer, written_whole
 from train import PRESETS, Training
 
 ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # train.py, with more generators
@@ -66,7 +66,7 @@ def ready(flags: list[str], out: Path) -> list:
     preset = PRESETS.get(given.get("--preset"), PRESETS[Training.preset])   # an unknown one train.py refuses
     d_model = int(given.get("--d-model", preset["d_model"]))
     with MAKING:
-        if data == Training.data and not Path(data).exists():
+        if data == Training.data:
             prepare_stdlib(data)
         for i, name in [(i, flag[1:-1]) for i, flag in enumerate(flags) if flag[1:-1] in STARTS]:
             flags[i] = out / "starts" / f"{Path(data).name}-{name}-{d_seed}-{d_model}.pt"
@@ -112,7 +112,7 @@ def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minu
     (out / "runs").mkdir(parents=True, exist_ok=True)
     keys = dict.fromkeys((flags, seed) for seed in range(seeds) for name, variants in experiments.items()
                          for flags in variants.values() if seed == 0 or name not in SWEEPS)
-    with ThreadPoolExecutor(jobs) as pool:
+    with sole_writer(out), ThreadPoolExecutor(jobs) as pool:
         runs = dict(zip(keys, pool.map(lambda key: run(*key, shared, out, threads, deadline), keys)))
     if None in runs.values():
         print(f"{[*runs.values()].count(None)} runs had no time: the same command goes on")

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from leviathan import LanguageModel
-from prepare_pile import Windows, documents, encode, read_counts, read_index, token_bytes, tokenizer_from_json
+from prepare_pile import (
+    Windows,
+    documents,
+    encode,
+    quiet,
+    read_counts,
+    read_index,
+    token_bytes,
+    tokenizer_from_json,
+)
 from sample import choose_device, read_checkpoint
 
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**13, 2**24
@@ -64,7 +73,7 @@ def evaluate(model: LanguageModel, windows: Windows, spelling: list[bytes], coun
     indices = [read_index(windows.folder, shard) for shard in windows.shards]
     sizes = [shard["tokens"] - 1 for shard in windows.shards]
     sums, weights = np.zeros((2, sum(map(len, indices)), len(columns)))
-    bar = tqdm(total=sum(sizes), unit="token", unit_scale=True, desc=name, disable=None)
+    bar = tqdm(total=sum(sizes), unit="token", unit_scale=True, desc=name, disable=quiet())
     first = 0                                               # document of the shard
     for shard, (n, index) in enumerate(zip(sizes, indices)):
         cuts = sorted({*range(0, n, at_once), n // T * T, n})           # whole windows, then a shorter one
@@ -93,7 +102,7 @@ def lambada(model: LanguageModel, tokenizer, texts: list[str], name: str = "") -
     As lm-evaluation-harness has it: the word begins with the last space, and the text with <|endoftext|>.
     """
     found = []
-    for text in tqdm(texts, desc=f"{name}, LAMBADA", disable=None):
+    for text in tqdm(texts, desc=f"{name}, LAMBADA", disable=quiet()):
         ids, before = encode(tokenizer, text), encode(tokenizer, text.rsplit(" ", 1)[0].rstrip())
         window = torch.tensor([[tokenizer.eot_token, *ids][-(model.config.seq_len + 1):]])
         nats, likeliest = token_losses(model, window[:, :-1], window[:, 1:], max(1, len(ids) - len(before)))

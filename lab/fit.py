@@ -15,7 +15,7 @@ import torch
 from tqdm import trange
 
 from leviathan import GENERATORS, LanguageModel, load_tensors
-from prepare_pile import Windows, read_counts, written_whole
+from prepare_pile import Windows, quiet, read_counts, written_whole
 from sample import read_checkpoint
 
 BATCH = 2_048               # tokens drawn for a step, by frequency
@@ -28,7 +28,7 @@ def fit(table, frequency, embed, steps: int, rate: float, seed: int = 0) -> floa
     variance = frequency @ (table - mean).square().sum(1) / frequency.sum()
     optimizer = torch.optim.AdamW(embed.parameters(), lr=rate, weight_decay=0, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
-    for _ in trange(steps, desc="fitting", disable=None):
+    for _ in trange(steps, desc="fitting", disable=quiet()):
         ids = torch.multinomial(frequency, BATCH, replacement=True, generator=rng)
         loss = (embed(ids) - table[ids]).square().sum(1).mean() / variance
         optimizer.zero_grad()

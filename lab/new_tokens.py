@@ -23,7 +23,7 @@ from lab.addresses import summed
 from lab.campaign import spread
 from lab.evaluate import token_losses
 from leviathan import LanguageModel, newest_checkpoint
-from prepare_pile import Windows
+from prepare_pile import Windows, read_counts
 from sample import read_checkpoint
 
 BEFORE, AFTER = 32, 16          # tokens of a sentence that stand before and behind the new one
@@ -125,7 +125,7 @@ def study(run: Path, words: int, examples: list[int]) -> list[dict]:
     model, tokenizer, data = read_checkpoint(run)
     train, val = (Windows(data, split, 1) for split in ("train", "val"))
     embed, c, V = model.requires_grad_(False).embed_tokens, model.config, model.config.vocab_size
-    if c.model == "dense" or c.seq_len < BEFORE + AFTER + 1 or train.vocab_size != V:
+    if c.model == "dense" or c.seq_len < BEFORE + AFTER + 1 or len(read_counts(data)) != V:
         raise ValueError(f"{run} must have an untied head, {BEFORE + AFTER + 1} tokens of context and the "
                          f"vocabulary of {data}: name another run")
     training = json.loads((newest_checkpoint(run) / "config.json").read_text(encoding="utf-8"))["training"]

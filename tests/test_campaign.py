@@ -73,6 +73,8 @@ def test_a_run_that_fails_or_stops_is_one_clear_line(ran, tmp_path, tiny_data, m
     with pytest.raises(ValueError, match="'--model dense' of seed 0 was stopped: the same command goes on"):
         run(monkeypatch, *flags, f"--data {tiny_data} --stop")
     assert not list((tmp_path / "out/runs").glob("*.jsonl"))
+    with campaign.sole_writer(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
+        run(monkeypatch, *flags, f"--data {tiny_data}")
     run(monkeypatch, *flags, f"--data {tiny_data}")             # the folder that was left is no hindrance
     assert len(list((tmp_path / "out/runs").glob("*.jsonl"))) == 2
 

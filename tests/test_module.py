@@ -9,7 +9,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import leviathan
-from leviathan import GENERATORS, Config, LanguageModel, Modes, TokenGenerator, linear_cross_entropy
+from leviathan import (
+    GENERATORS,
+    Config,
+    LanguageModel,
+    Modes,
+    TokenGenerator,
+    initialise,
+    linear_cross_entropy,
+)
 
 SIZES = dict(d_seed=12, n_modes=4, mode_width=2)
 TINY = dict(vocab_size=97, seq_len=16, d_model=32, n_layers=1, n_heads=2, **SIZES)
@@ -92,6 +100,11 @@ def test_built_on_meta_and_loaded(twin):
         assigned, emptied = LanguageModel(model.config), LanguageModel(model.config)
     assigned.load_state_dict(model.state_dict(), assign=True)
     emptied.to_empty(device="cpu").load_state_dict(model.state_dict())
+    if model.config.model == "leviathan":
+        begun = LanguageModel(model.config).to(torch.device("cpu"))
+        begun.embed_tokens.addresses.fill_(-1)                      # as of memory that nobody has written
+        initialise(begun, seed=3)
+        assert torch.equal(begun(IDS), model(IDS))
     for other in (assigned, emptied):
         other.tie()
         assert torch.equal(other(IDS), model(IDS)) and torch.equal(other(IDS, IDS), model(IDS, IDS))
@@ -165,6 +178,11 @@ def test_hooks_of_all_submodules_fire(twin):
         fired.clear()
         model(IDS, targets)
         assert fired == {*names.values()}
+    for kind in "register_full_backward_hook", "register_full_backward_pre_hook":
+        model, fired = LanguageModel(Config(**TINY | twin)), set()
+        getattr(model.lm_head, kind)(lambda *_: fired.add(kind))                # noqa: B023
+        model(IDS, IDS).backward()
+        assert fired == {kind}
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -201,9 +219,16 @@ def test_dropout_in_chunks_is_the_same_in_backward(embed, chunks, monkeypatch):
 
 # ---- the loss ------------------------------------------------------------------------------------------
 
+def patched(head):
+    """As accelerate does it: another forward of the same object."""
+    head.forward = lambda x, forward=head.forward: forward(x) * 2
+    return head
+
+
 @pytest.mark.parametrize("change", [
-    lambda head: nn.Linear(32, 97), LoRA, parametrizations.weight_norm,
-    lambda head: prune.random_unstructured(head, "weight", 0.5)], ids=["bias", "LoRA", "norm", "pruned"])
+    lambda head: nn.Linear(32, 97), LoRA, parametrizations.weight_norm, patched,
+    lambda head: prune.random_unstructured(head, "weight", 0.5)],
+    ids=["bias", "LoRA", "norm", "patched", "pruned"])
 def test_any_head(change):
     """With a bias, an adapter, a computed weight: the loss is that of its logits, and all learn."""
     model = LanguageModel(Config(**TINY))

@@ -390,6 +390,11 @@ def test_nothing_of_the_users_is_touched(tmp_path, encoding):
         partial.write_text("half")
         raise RuntimeError
     assert (tmp_path / "a.jsonl").read_bytes() == LINES and not partial.exists()
+    assert partial.name == ".a.jsonl.tmp"                       # no name of a user's
+    (tmp_path / "link").symlink_to("target")
+    with written_whole(tmp_path / "link") as partial:
+        partial.write_text("whole")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "whole"
 
 
 def test_two_runs_into_one_folder(tmp_path, encoding):
@@ -405,11 +410,12 @@ def test_two_runs_into_one_folder(tmp_path, encoding):
     ("--holdout 0: it must be", dict(holdout=0)), ("--holdout -3: it must be", dict(holdout=-3)),
     ("--threads 0: it must be", dict(threads=0)), ("--vocab-size 256: it must be", dict(vocab_size=256)),
     ("a.jsonl is named twice", dict(val_files=["a.jsonl"])),
+    ("same.jsonl is named twice", dict(files=["same.jsonl"], val_files=["a.jsonl"])),
     ("a.csv is of an unknown format", dict(files=["a.csv"])),
     ("b.jsonl.zst cannot be read", dict(files=["a.jsonl", "b.jsonl.zst"]))])
 def test_wrong_requests_are_refused_before_any_work(tmp_path, encoding, monkeypatch, message, how):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.jsonl", "a.csv", "b.jsonl.zst"):
+    for name in ("a.jsonl", "a.csv", "b.jsonl.zst", "same.jsonl"):
         (tmp_path / name).write_bytes(LINES)
     with pytest.raises(ValueError, match=message):
         prepare(**dict(files=["a.jsonl"], out="out", encoding=encoding) | how)
@@ -606,7 +612,7 @@ def test_two_shards_by_hand(tmp_path):
     assert found == [[0, 1, 2], [2, 3, 4], [4, 5, 6], [8, 9, 10], [10, 11, 12]]
     assert windows.tokens(1, 1, 3).tolist() == [9, 10]
     with pytest.raises(ValueError,
-                       match="the train split of .* is shorter than one window of 9 tokens: shorten the"):
+                       match="the train split of .* is shorter than one window of 9 tokens: prepare"):
         Windows(tmp_path, "train", 8)
     with pytest.raises(ValueError, match="the val split of .* is shorter than one window"):
         Windows(tmp_path, "val", 2)

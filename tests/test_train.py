@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+import prepare_pile
 import sample
 import train
 from kill_train import FLAGS, FULL, ROOT, finish, result, start
@@ -166,6 +167,27 @@ def test_where_no_checkpoint_is_whole(copy, tiny_data, whole):
     assert sorted(os.listdir(copy)) == sorted(os.listdir(whole))
 
 
+def test_a_damaged_checkpoint_is_not_among_those_to_keep(copy, tiny_data, whole):
+    (copy / "step-00000008/model.pt").write_bytes(b"")
+    with during(5, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(ValueError, match="damaged"):
+        run(copy, tiny_data, *EIGHT, "--resume", "--keep", "1", "--save-every", "1")    # reads the newest
+    assert [path.name for path in sorted(copy.glob("step-*"))] == ["step-00000006", "step-00000008"]
+    assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
+
+
+def test_a_checkpoint_without_permission_is_not_taken_for_damaged(copy, tiny_data, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError):
+        run(copy, tiny_data, *EIGHT, "--resume")
+
+
+def test_a_run_into_a_link_that_dangles(tiny_data, whole):
+    os.symlink("elsewhere/there", "run")
+    assert run("run", tiny_data, *EIGHT) == result(whole) == result(Path("elsewhere/there"))
+
+
 @pytest.mark.parametrize("damage", ['{"step": 3, "to', '[1]\n7\n{}\n{"step": 1}\n{"step": "3"}\n\x80', None])
 def test_a_damaged_log_is_survived(copy, tiny_data, whole, damage):
     """Behind its second line, or all of it lost; of a finished run, and of one that is not."""
@@ -289,10 +311,15 @@ def test_compiled_parts_compute_the_same(monkeypatch):
 
 
 def test_the_default_data_is_made_once(tiny_data, monkeypatch):
-    made = []
-    monkeypatch.setattr(train, "prepare_stdlib", lambda to: made.append(shutil.copytree(tiny_data, to)))
+    """And gone on with where that was stopped."""
+    def prepare(files, out, **_):
+        made.append(shutil.copytree(tiny_data, out, dirs_exist_ok=True))
+    made, unfinished = [], sealed(read_meta(tiny_data) | dict(finished=False))
+    monkeypatch.setattr(prepare_pile, "prepare", prepare)
+    os.makedirs("data/stdlib")
+    Path("data/stdlib/meta.json").write_text(json.dumps(unfinished))
     run("one", "data/stdlib", "--steps", "1"), run("two", "data/stdlib", "--steps", "1")
-    assert made == [Path("data/stdlib")]
+    assert made == ["data/stdlib"]
 
 
 @pytest.mark.parametrize("terminal, disable, seen", [(1, "", True), (1, "1", False), (0, "", False)])
@@ -325,7 +352,8 @@ def test_more_ranks_than_gpus(monkeypatch):
     ("--eval-every 0", "--eval-every is 0: .* above 0"), ("--save-every 0", "--save-every is 0: .* above 0"),
     ("--seed -1", "--seed is -1: .* at least 0"), (f"--seed {2**70}", "--seed is 1180591620717411303424: "),
     ("--learning-rate nan", "--learning-rate is nan"), ("--beta1 1.5", "--beta1 is 1.5: .*at most 1"),
-    ("WORLD_SIZE=2", "MASTER_ADDR expected"), ("--n-layers 0", "n_layers is 0"), ("--base 2", "of base 2"),
+    ("WORLD_SIZE=2 RANK=1", "MASTER_ADDR expected"), ("RANK=1", "RANK is 1, WORLD_SIZE 1: unset them"),
+     ("--n-layers 0", "n_layers is 0"), ("--base 2", "of base 2"),
     ("--d-model 30 --n-heads 4", "d_model 30 must"), ("--device tpu", "--device tpu: there is none here"),
     ("--data nowhere", "no prepared data in nowhere"), ("--data unfinished", "unfinished is unfinished"),
     ("--vocab-size 299", "--vocab-size 299: .* 300"), ("--tokens-per-step 100", "a multiple of --seq-len 32"),
@@ -338,9 +366,9 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(tiny_data, monkeypatch, f
     os.mkdir("unfinished")
     Path("unfinished/meta.json").write_text(json.dumps(sealed(read_meta(tiny_data) | dict(finished=False))))
     command = ["train.py", *FLAGS, "--data", str(tiny_data), "--out", "run", *flags.split()]
-    monkeypatch.setattr(sys, "argv", [part for part in command if part != "WORLD_SIZE=2"])
-    for name in ("WORLD_SIZE", "RANK") if "WORLD_SIZE" in flags else ():
-        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(sys, "argv", [part for part in command if "=" not in part])
+    for name, _, value in (part.partition("=") for part in flags.split() if "=" in part):
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=rf"^train\.py: [^\n]*{message}[^\n]*$"):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     assert not os.path.exists("run")
