@@ -372,7 +372,7 @@ def isoparametric_depth(config: Config) -> int:
 
 # ---- the loss, whose logits are the largest thing in a training step [O] -------------------------------
 
-LOGITS_AT_ONCE = {"cpu": 2**28, "other": 2**29}     # bytes
+LOGITS_AT_ONCE = {"cpu": 200 * 2**20, "other": 2**29}     # bytes
 
 
 class LinearCrossEntropy(torch.autograd.Function):
