@@ -10,15 +10,16 @@ from torch.nn.utils import parametrizations, prune
 
 import leviathan
 from leviathan import (
-    GENERATORS,
     Config,
     LanguageModel,
+    LevGenerator,
     Modes,
     TokenGenerator,
     initialise,
     linear_cross_entropy,
 )
 
+GENERATORS = dict(v1=TokenGenerator, lev=LevGenerator)      # not the lab's
 SIZES = dict(d_seed=12, n_modes=4, mode_width=2)
 TINY = dict(vocab_size=97, seq_len=16, d_model=32, n_layers=1, n_heads=2, **SIZES)
 TWINS = [dict(generator="v1"), dict(generator="lev"), dict(model="dense"), dict(model="dense-untied")]
