@@ -118,7 +118,8 @@ def draw_sizes(found: dict, path: Path):
                      for seed in own.keys() & base.keys()] for step in steps]
             right.plot(20 * np.array(steps) / steps[-1], np.mean(gaps, axis=1), ms=3, **style)
     left.set(xscale="log", xlabel="million parameters", ylabel="validation loss, nats per token")
-    left.legend(fontsize=7)
+    labels = left.get_legend_handles_labels()
+    fig.legend(*labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     right.axhline(0, color="gray", lw=0.8)
     right.set(xlabel="tokens per parameter of the untied twin", ylabel="loss minus that of dense-untied")
     fig.savefig(path, dpi=150)
