@@ -111,7 +111,7 @@ def turn(limit: float, *what) -> dict:
 def contest(build, contestants: dict[str, dict], device: torch.device, rounds: int) -> list[dict]:
     """Let {name: settings} take turns. -> a row for each that did not fail. Raises ValueError if all do."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench"])   # torch is imported once
+    context.set_forkserver_preload(["torch"])   # once; not us, who ask for CUDA, which survives no fork
     quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))      # at Ctrl-C
     processes = {name: ProcessPoolExecutor(1, context, **quiet) for name in contestants}
     turns = {name: [] for name in contestants}  # the first is a single step, which may compile

@@ -363,11 +363,14 @@ def initialise(module: nn.Module, seed: int) -> None:
 
 
 def isoparametric_depth(config: Config) -> int:
-    """Mechanism 3: the depth that makes Leviathan as large as its untied twin, rounded down [P; floor R]."""
+    """Mechanism 3: the depth that makes a model as large as its untied twin, rounded down [P; floor R].
+
+    What a generator saves buys depth; so does what tying saves, and that is the control for it [O].
+    """
     with torch.device("meta"):
-        generator = LanguageModel(replace(config, model="leviathan")).parameters_by_part()["embedding"]
+        embedding = LanguageModel(config).parameters_by_part()["embedding"]
         block = sum(p.numel() for p in Block(config).parameters())
-    return config.n_layers + max(0, config.vocab_size * config.d_model - generator) // block
+    return config.n_layers + max(0, config.vocab_size * config.d_model - embedding) // block
 
 
 # ---- the loss, whose logits are the largest thing in a training step [O] -------------------------------

@@ -101,7 +101,7 @@ def gradients(e, g, weights):
 
 
 @pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", ["v1", "lev"])
 @pytest.mark.parametrize("n_coords", [1, 2, 3])
 def test_slow_version_rows_and_forward_are_one(generator, centred, n_coords, monkeypatch):
     """Values and gradients; `forward` with repeated ids of any shape, in chunks of 32 that are recomputed."""
@@ -119,7 +119,7 @@ def test_slow_version_rows_and_forward_are_one(generator, centred, n_coords, mon
             torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", ["v1", "lev"])
 def test_gradcheck(generator):
     """Against finite differences."""
     g = tiny_generator(generator, d_seed=3, mode_width=1, n_knots=4)
@@ -159,7 +159,7 @@ def test_a_seed_stands_in_for_digits():
     torch.testing.assert_close(g.surface(g.coordinates(g.seeds(ids))), g(ids))
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", ["v1", "lev"])
 def test_tokens_start_apart_and_at_a_tables_scale(generator):
     """Mean cosine between the embeddings of different tokens at the start: the literal reading, and ours."""
     ids = torch.arange(0, 200_019, 1_001)
@@ -218,7 +218,7 @@ def test_parts_add_up_and_a_tied_table_counts_once():
 
 
 @pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", ["v1", "lev"])
 def test_every_parameter_starts_as_the_table_of_initialise_says(generator, centred):
     """L = 3, D = 64, d_seed = 48; 8 modes of width 8."""
     model = LanguageModel(Config(vocab_size=500, seq_len=16, d_model=64, n_layers=3, d_seed=48, mode_width=8,

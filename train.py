@@ -71,7 +71,7 @@ ZERO_OR_MORE = {"seed", "warmup_steps", "weight_decay", "final_rate", "beta1", "
 class Training:
     """Everything but the model's shape. None means: from the preset, or to fit. Raises ValueError."""
     preset: str = "nano"                # nano, micro, 60m, 270m, 410m or 1.2b
-    isoparametric: bool = False         # deepen Leviathan to the size of its untied dense twin [P]
+    isoparametric: bool = False         # deepen to the size of the untied dense twin [P]
     data: str = "data/stdlib"           # a folder that prepare_pile.py has written; this one is made
     out: str | None = None              # folder of the run; out/<model>-<preset> if left out
     start: str | None = None            # a file of tensors to start from, such as lab.addresses writes
@@ -309,8 +309,6 @@ def main():
     t = Training(**{field.name: settings[field.name] for field in fields(Training) if field.name in settings})
     shape = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
     config = preset(t.preset, **shape)      # raises before any data is prepared
-    if t.isoparametric and config.model != "leviathan":
-        raise ValueError("--isoparametric deepens Leviathan; its twin is --model dense-untied without it")
     device = choose_device(t.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

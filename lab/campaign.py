@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -76,14 +75,14 @@ def ready(flags: list[str], out: Path) -> list:
 
 
 def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: float) -> dict | None:
-    """One run, made if it is not there. -> settings, and train.py's lines as "log"; None: no time for it"""
+    """One run, made if it is not there. -> settings, "folder", evaluations as "log"; None: no time for it"""
     slug = re.sub("[^a-z0-9.]+", "-", flags.removeprefix("--model ")).strip("-")
     folder, file = (out / "runs" / f"{slug}.seed-{seed}{suffix}" for suffix in ("", ".jsonl"))
     if not file.exists():
         if time.monotonic() > deadline:
             return None
-        shutil.rmtree(folder, ignore_errors=True)       # of a run that was stopped
-        given = [*ready([*shlex.split(shared), *flags.split()], out), "--seed", str(seed), "--out", folder]
+        given = [*ready([*shlex.split(shared), *flags.split()], out), "--seed", str(seed), "--out", folder,
+                 *["--resume"] * folder.exists()]       # a run that was stopped
         env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT))
         done = subprocess.run([sys.executable, TRAIN, *given, "--save-every", "1000000"], capture_output=True,
                               text=True, env=env)
@@ -94,16 +93,15 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
         about = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         if about["step"] < about["training"]["steps"]:  # Ctrl-C reaches it too
             raise ValueError(f"the run {flags!r} of seed {seed} was stopped: the same command goes on")
-        (checkpoint / "optimizer.pt").unlink()
         head = dict(flags=flags, shared=shared, seed=seed, parameters=load(checkpoint).parameters_by_part(),
                     config=about["config"], training=about["training"])
         with written_whole(file) as path:
-            path.write_text(json.dumps(head) + "\n" + (folder / "log.jsonl").read_text(encoding="utf-8"))
+            lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text(json.dumps(head) + "\n" + "".join(line for line in lines if "val_loss" in line))
+        (checkpoint / "optimizer.pt").unlink()
+        print(f"{json.loads(lines[-1])['val_loss']:.4f}  seed {seed}  {flags}", flush=True)
     head, *log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    if head["shared"] != shared:
-        raise ValueError(f"{file} was run with --train {head['shared']!r}, not {shared!r}: change --out")
-    print(f"{log[-1]['val_loss']:.4f}  seed {seed}  {flags}", flush=True)
-    return head | dict(log=log)
+    return head | dict(folder=folder, log=[line for line in log if "val_loss" in line])
 
 
 def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minutes=float("inf")) -> dict:
@@ -112,8 +110,22 @@ def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minu
     (out / "runs").mkdir(parents=True, exist_ok=True)
     keys = dict.fromkeys((flags, seed) for seed in range(seeds) for name, variants in experiments.items()
                          for flags in variants.values() if seed == 0 or name not in SWEEPS)
+
+    def attempt(key):
+        try:
+            return run(*key, shared, out, threads, deadline)
+        except ValueError as error:                     # of a rate too high, say: the others go on
+            return print(f"lab.campaign: {error}", file=sys.stderr) or error
+
     with sole_writer(out), ThreadPoolExecutor(jobs) as pool:
-        runs = dict(zip(keys, pool.map(lambda key: run(*key, shared, out, threads, deadline), keys)))
+        runs = dict(zip(keys, pool.map(attempt, keys)))
+    failed = [key for key, found in runs.items() if isinstance(found, ValueError)]
+    if failed and len(failed) == len(runs):
+        raise runs[failed[0]]
+    runs = {key: found for key, found in runs.items() if key not in failed}
+    for other in (found for found in runs.values() if found and found["shared"] != shared):
+        raise ValueError(f"{other['folder']}.jsonl was run with --train {other['shared']!r}, not {shared!r}: "
+                         "change --out")
     if None in runs.values():
         print(f"{[*runs.values()].count(None)} runs had no time: the same command goes on")
     return {name: {variant: own for variant, flags in variants.items()
@@ -152,8 +164,8 @@ def draw(variants: dict, path: Path, title: str):
     generators, ends = (dict(color=f"C{i}") for i in count()), []
     for name, runs in variants.items():
         style = next(generators if runs[0]["config"]["model"] == "leviathan" else tables)
-        steps = np.array([line["step"] for line in runs[0]["log"] if "val_loss" in line])
-        losses = np.array([[run["log"][step - 1]["val_loss"] for step in steps] for run in runs])
+        steps = np.array([line["step"] for line in runs[0]["log"]])
+        losses = np.array([[line["val_loss"] for line in run["log"]] for run in runs])
         tokens = steps * runs[0]["training"]["tokens_per_step"] / 1e6
         ax.plot(tokens, losses.mean(0), marker="o", ms=3, **style)
         ax.fill_between(tokens, losses.min(0), losses.max(0), alpha=0.2, lw=0, color=style["color"])

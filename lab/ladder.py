@@ -2,14 +2,15 @@
 
     python prepare_pile.py --input texts/ --val val.jsonl.zst --vocab-size 8192 --out data/prose
     python -m lab.ladder --data data/prose --jobs 2             # -> OUT/tables.md, OUT/ladder.png ...
-    python -m lab.ladder --data data/prose --rungs 64 --sweep   # rates and warm-ups of the smallest rung
 
 A rung is a width D and a depth L. The table has V / (16 D L) times the body's numbers; a run sees 20 tokens
-for each parameter of the untied twin [R, from v2], whatever its model. Rates fall as 1 / D from those below.
+for each parameter of the untied twin [R, from v2], whatever its model. On the smallest rung each model finds
+its own rate, then its own warm-up, on one seed; on the others it has the same, the rate times 32 / D.
 """
 import argparse
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,51 +22,99 @@ from leviathan import GENERATORS
 
 V, TOKENS = 8_192, 8_192                                        # of the vocabulary; of a step
 RUNGS = {64: (32, 2), 128: (64, 2), 256: (64, 4), 512: (128, 4)}                    # D L: D, L
-RATES = {}                                                      # at D = 32, where it is not 1e-2
-WARMUP = 0.25                                                   # of the steps
-SWEEP = [(5e-3, WARMUP), (1e-2, WARMUP), (2e-2, WARMUP), (1e-2, 0.1), (1e-2, 0.5)]
+RATES, WARMUPS = (5e-3, 1e-2, 2e-2, 4e-2), (0.25, 0.1, 0.5)     # at D = 32; shares of the steps
 
 
-def recipe(d_model: int, n_layers: int, rate: float = 1e-2, warmup: float = WARMUP) -> str:
-    """Flags of a rung, the same for all its models but for the rate at D = 32."""
+def recipe(d_model: int, n_layers: int, rate: float, warmup: float) -> str:
+    """Flags of a rung, the same for all its models but for the rate at D = 32 and the share of warm-up."""
     steps = round(20 * (2 * V * d_model + 16 * d_model**2 * n_layers) / TOKENS)
     return (f"--d-model {d_model} --n-layers {n_layers} --seq-len 128 --tokens-per-step {TOKENS} "
             f"--steps {steps} --warmup-steps {round(warmup * steps)} --learning-rate {rate * 32 / d_model:g}")
 
 
-def generator(name: str, share: float, d_model: int, base: int | None = None) -> str:
+def generator(name: str, share: float, d_model: int, vectors: bool = False, **settings) -> str:
     """Flags of a generator with d_seed = D and the mode width that gives it about this share of a table."""
+    settings = dict(d_seed=d_model) | settings
     def size(r: int) -> int:
-        made = GENERATORS[name](V, d_model, base=base, d_seed=d_model, mode_width=r)
+        made = GENERATORS[name](V, d_model, mode_width=r, base=BASE if vectors else None, **settings)
         return sum(p.numel() for p in made.parameters())
     with torch.device("meta"):
         width = 1 + round((share * V * d_model - size(1)) / (size(2) - size(1)))
-    return f"{OURS} --generator {name} --d-seed {d_model} --mode-width {max(1, width)}"
+    flags = [f"--{flag.replace('_', '-')} {value}" for flag, value in settings.items()]
+    return " ".join([OURS, "--generator", name, *flags, "--mode-width", str(max(1, width)),
+                     *["--start {learned}"] * vectors])
 
 
 def models(d_model: int) -> dict[str, str]:
-    """Flags of each. Generators have about a twentieth or a fifth of the table's numbers."""
+    """Flags of those that are swept. Generators have about a twentieth or a fifth of the table's numbers."""
     control = {name: f"{flags} --d-seed {d_model}" for name, flags in CONTROL.items()}      # of such vectors
     found = TWINS | control | {"bits of the id": f"{OURS} --generator bits"}
     for name in ("v1", "lev"):
-        small, large = (generator(name, share, d_model) for share in (1 / 20, 1 / 5))
-        learned = generator(name, 1 / 5, d_model, BASE) + " --start {learned}"
-        found |= {f"{name}, 1/20": small, f"{name}, 1/5": large, f"{name}, 1/5, from vectors": learned}
-    return found | {"v1, 1/5, deepened": found["v1, 1/5"] + " --isoparametric"}
+        for share in (20, 5):
+            found[f"{name}, 1/{share}"] = generator(name, 1 / share, d_model)
+        found[f"{name}, 1/5, from vectors"] = generator(name, 1 / 5, d_model, vectors=True)
+    return found
 
 
-def experiments(rungs: list[int], sweep: bool, names: list[str] | None = None) -> dict[str, dict[str, str]]:
-    """{rung: {model: flags}}; of a sweep the name says rate and warm-up too. Raises ValueError."""
+def relatives(d_model: int) -> dict[str, dict[str, str]]:
+    """{one of the swept: what has its rate and warm-up, but for one thing}: what decides? And three attempts
+    to win, each with the reason that was written down before."""
+    D, known = d_model, models(d_model)
+    return {
+        "dense": {"dense, deepened": known["dense"] + " --isoparametric"},          # what tying saves buys it
+        "v1, 1/5": {
+            "v1, 1/5, deepened": known["v1, 1/5"] + " --isoparametric",
+            "v1, 1/5, uncentred": known["v1, 1/5"] + " --no-centred",
+            "v1, 1/5, two digits": generator("v1", 1 / 5, D, n_coords=2),           # fewer share a row
+            "v1, 1/5, half the factors": generator("v1", 1 / 5, D, d_seed=D // 2),
+            "v1, 1/5, twice the factors": generator("v1", 1 / 5, D, d_seed=2 * D),
+            "v1, 1/5, eight knots": generator("v1", 1 / 5, D, n_knots=8),
+            "additive, 1/5": generator("additive", 1 / 5, D),                       # no product
+            "v1, 1/1": generator("v1", 1, D)},                      # as many numbers as the table has
+        "lev, 1/5": {"lev, 1/5, deepened": known["lev, 1/5"] + " --isoparametric"},
+        "v1, 1/5, from vectors": {
+            "v1, 1/5, learned digits": known["v1, 1/5, from vectors"].replace("{learned}", "{noise}"),
+            # 1. A sum is additive quantisation's own form: what the vectors know is in reach from the start.
+            "additive, 1/5, from vectors": generator("additive", 1 / 5, D, vectors=True),
+            # 2. As large as the control: if what is lacking is size, here it is not.
+            "v1, 1/1, from vectors": generator("v1", 1, D, vectors=True)},
+        # 3. The paper's own bargain, what the table saves spent on depth, with all that vectors know.
+        "lev, 1/5, from vectors": {
+            "lev, 1/5, from vectors, deepened": known["lev, 1/5, from vectors"] + " --isoparametric"}}
+
+
+NAMES = [*models(32), *(name for others in relatives(32).values() for name in others)]
+
+
+def sweep(run, names) -> tuple[dict[str, tuple[float, float]], str]:
+    """Each one's best rate on the smallest rung, then its best warm-up; and a table."""
+    flags = {name: own for name, own in models(RUNGS[64][0]).items() if name in names}
+    best = dict.fromkeys(flags, (RATES[1], WARMUPS[0]))
+    table = ["| model | rate | warm-up | loss |", "|---" * 4 + "|"]
+    for place, values in enumerate((RATES, WARMUPS)):
+        tried = {name: [(*own[:place], value, *own[place + 1:]) for value in values]
+                 for name, own in best.items()}
+        found = run({name: {own: f"{flags[name]} {recipe(*RUNGS[64], *own)}" for own in tried[name]}
+                     for name in best}, 1)
+        losses = {name: {own: runs[0]["log"][-1]["val_loss"] for own, runs in variants.items()}
+                  for name, variants in found.items()}
+        best = {name: min(own, key=own.get) for name, own in losses.items() if own}
+        table += [f"| {name} | {rate:g} | {warmup:g} | {loss:.3f} |"
+                  for name, own in losses.items() for (rate, warmup), loss in own.items()]
+    return best, "\n".join(table)
+
+
+def experiments(rungs: list[int], best: dict, names) -> dict[str, dict[str, str]]:
+    """{rung: {model: flags}} for those whose rate is known."""
     found = {}
     for D, L in map(RUNGS.get, rungs):
-        known = models(D)
-        if unknown := {*(names or known)} - known.keys():
-            raise ValueError(f"unknown model {min(unknown)!r}: choose from {', '.join(known)}")
         found[f"D {D}, L {L}"] = own = {}
-        for name in names or known:
-            for rate, warmup in SWEEP if sweep else [(RATES.get(name, 1e-2), WARMUP)]:
-                title = f"{name}, rate {rate:g}, warm-up {warmup:g}" if sweep else name
-                own[title] = f"{known[name]} {recipe(D, L, rate, warmup)}"
+        made = {name: {name: flags} for name, flags in models(D).items()}
+        for swept, others in relatives(D).items():
+            made[swept] |= {name: own for name, own in others.items() if D * L == 64 or "deepened" in name}
+        for swept, group in made.items():
+            own |= {name: f"{flags} {recipe(D, L, *best[swept])}" for name, flags in group.items()
+                    if name in names and swept in best}
     return found
 
 
@@ -113,10 +162,10 @@ def draw_sizes(found: dict, path: Path):
         variants = [v for v in found.values() if name in v and "dense-untied" in v][-1:]
         if variants and name != "dense-untied":
             own, base = ({run["seed"]: run for run in variants[0][key]} for key in (name, "dense-untied"))
-            steps = [line["step"] for line in next(iter(base.values()))["log"] if "val_loss" in line]
-            gaps = [[own[seed]["log"][step - 1]["val_loss"] - base[seed]["log"][step - 1]["val_loss"]
-                     for seed in own.keys() & base.keys()] for step in steps]
-            right.plot(20 * np.array(steps) / steps[-1], np.mean(gaps, axis=1), ms=3, **style)
+            steps = np.array([line["step"] for line in next(iter(base.values()))["log"]])
+            gaps = [[a["val_loss"] - b["val_loss"] for a, b in zip(own[seed]["log"], base[seed]["log"])]
+                    for seed in own.keys() & base.keys()]
+            right.plot(20 * steps / steps[-1], np.mean(gaps, axis=0), ms=3, **style)
     left.set(xscale="log", xlabel="million parameters", ylabel="validation loss, nats per token")
     labels = left.get_legend_handles_labels()
     fig.legend(*labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
@@ -129,26 +178,36 @@ def main():
     parser = argparse.ArgumentParser(description="The paper in miniature.", allow_abbrev=False)
     parser.add_argument("--data", required=True, help=f"a prepared folder with a vocabulary of {V:,}")
     parser.add_argument("--rungs", type=int, nargs="+", choices=RUNGS, default=[*RUNGS], help="D L [all]")
-    parser.add_argument("--sweep", action="store_true", help="of rate and warm-up, one seed")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="of those in the tables [all]")
+    parser.add_argument("--models", nargs="+", metavar="NAME", default=NAMES, help="as in the tables [all]")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each [%(default)s]")
+    parser.add_argument("--train", default="", metavar="FLAGS", help="of train.py that all share, in quotes")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores [%(default)s]")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--out", type=Path, default=Path("out/ladder"), help="[%(default)s]")
     args = parser.parse_args()
     if min(args.seeds, args.jobs) < 1:
         raise ValueError("--seeds and --jobs must be at least 1")
-    wanted = experiments(args.rungs, args.sweep, args.models)
-    found = campaign(wanted, f"--data {args.data}", args.seeds, args.out, args.jobs, args.minutes)
+    if unknown := {*args.models} - {*NAMES}:
+        raise ValueError(f"unknown model {min(unknown)!r}: choose from {'; '.join(NAMES)}")
+    end = time.monotonic() + 60 * args.minutes
+
+    def run(wanted: dict, seeds: int) -> dict:
+        return campaign(wanted, f"--data {args.data} {args.train}".strip(), seeds, args.out, args.jobs,
+                        (end - time.monotonic()) / 60)
+
+    swept = {name for name, others in relatives(32).items() if {*others} & {*args.models}} | {*args.models}
+    best, table = sweep(run, swept)
+    found = run(experiments(args.rungs, best, args.models), args.seeds)
     found = {title: variants for title, variants in found.items() if variants}
-    tables = "\n\n".join(f"{title}\n\n{as_table(variants)}" for title, variants in found.items())
-    for name in () if args.sweep else {name: 0 for variants in found.values() for name in variants}:
+    tables = [f"{title}\n\n{as_table(variants)}" for title, variants in found.items()]
+    for name in {name: 0 for variants in found.values() for name in variants}:
         if len(by_size(found, "dense")[0]) > 2 and name not in TWINS:
             size = spread(multiples(found, name).ravel())
-            tables += f"\n\n{name}: as good as a tied model of {size} times its parameters"
-    print("\n" + tables)
-    (args.out / f"{'sweep' if args.sweep else 'tables'}.md").write_text(tables + "\n", encoding="utf-8")
-    if found and not args.sweep:
+            tables.append(f"{name}: as good as a tied model of {size} times its parameters")
+    print("\n" + "\n\n".join(tables))
+    (args.out / "sweep.md").write_text(table + "\n", encoding="utf-8")
+    (args.out / "tables.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+    if found:
         draw_sizes(found, args.out / "ladder.png")
 
 

@@ -16,7 +16,7 @@ import json, shutil, sys
 given = dict(zip(sys.argv, sys.argv[1:]))
 if "--clip" in given:
     sys.exit("train.py: --clip is refused")
-shutil.copytree("{template}", given["--out"])
+shutil.copytree("{template}", given["--out"], dirs_exist_ok="--resume" in sys.argv)
 about = json.load(open(given["--out"] + "/step-00000002/config.json"))
 about["training"].update(preset="nano", steps=3 if "--stop" in sys.argv else 2, tokens_per_step=100)
 json.dump(about, open(given["--out"] + "/step-00000002/config.json", "w"))
@@ -66,16 +66,22 @@ def test_a_campaign_is_gone_on_with(ran, tmp_path, tiny_data, monkeypatch, capsy
         run(monkeypatch, *flags, "one", "--train", f"--data {tiny_data} --beta1 0.8")
 
 
-def test_a_run_that_fails_or_stops_is_one_clear_line(ran, tmp_path, tiny_data, monkeypatch):
+def test_a_run_that_fails_or_stops_is_one_clear_line(ran, tmp_path, tiny_data, monkeypatch, capsys):
     flags = ["--experiments", "one", "--seeds", 1, "--out", tmp_path / "out", "--train"]
     with pytest.raises(ValueError, match="'--model dense' of seed 0 failed: train.py: --clip is refused"):
         run(monkeypatch, *flags, f"--data {tiny_data} --clip 2")
+    monkeypatch.setitem(campaign.EXPERIMENTS, "half", {"dense": "--model dense", "v1": "--model v1 --clip 2"})
+    half = ["--experiments", "half", "--seeds", 1, "--out", tmp_path / "half", "--train"]
+    run(monkeypatch, *half, f"--data {tiny_data}")          # the others go on
+    assert "lab.campaign: the run '--model v1 --clip 2' of seed 0 failed" in capsys.readouterr().err
+    assert "| dense | " in (table := (tmp_path / "half/tables.md").read_text()) and "v1" not in table
     with pytest.raises(ValueError, match="'--model dense' of seed 0 was stopped: the same command goes on"):
         run(monkeypatch, *flags, f"--data {tiny_data} --stop")
     assert not list((tmp_path / "out/runs").glob("*.jsonl"))
     with campaign.sole_writer(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
         run(monkeypatch, *flags, f"--data {tiny_data}")
-    run(monkeypatch, *flags, f"--data {tiny_data}")             # the folder that was left is no hindrance
+    run(monkeypatch, *flags, f"--data {tiny_data}")             # goes on where they were stopped
+    assert all(command[-3] == "--resume" for command in ran[-2:])
     assert len(list((tmp_path / "out/runs").glob("*.jsonl"))) == 2
 
 

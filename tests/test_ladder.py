@@ -1,4 +1,5 @@
 """lab/ladder.py: sizes and recipes are as it says; what it makes of losses that lie on a power law."""
+import dataclasses
 import shlex
 import sys
 
@@ -10,35 +11,57 @@ from lab import ladder
 from lab.generators import Bits
 from leviathan import Config, LanguageModel
 
-FIELDS = dict(model=str, generator=str, d_model=int, n_layers=int, d_seed=int, mode_width=int, seq_len=int)
+BEST = dict.fromkeys(ladder.models(32), (0.01, 0.25))
+
+
+def given(flags: str) -> dict[str, str]:
+    words = shlex.split(flags)
+    return {name[2:].replace("-", "_"): value for name, value in zip(words, words[1:])}
 
 
 def parts(flags: str, **more) -> dict[str, int]:
     """Parameters of the model that flags of train.py describe."""
-    words = shlex.split(flags)
-    given = {name[2:].replace("-", "_"): value for name, value in zip(words, words[1:])}
-    config = Config(vocab_size=ladder.V, **{n: FIELDS[n](given[n]) for n in FIELDS if n in given} | more)
+    fields = {field.name for field in dataclasses.fields(Config)}
+    shape = {name: int(x) if x.isdigit() else x for name, x in given(flags).items() if name in fields}
     with torch.device("meta"):
-        return LanguageModel(config).parameters_by_part()
+        return LanguageModel(Config(vocab_size=ladder.V, **shape | more)).parameters_by_part()
 
 
 @pytest.mark.parametrize("rung", ladder.RUNGS)
 def test_sizes_and_tokens(rung):
     """20 tokens for each parameter of the untied twin; no other mode width is nearer to the share."""
-    (title, variants), = ladder.experiments([rung], sweep=False).items()
+    (title, variants), = ladder.experiments([rung], BEST, ladder.NAMES).items()
     D, L = ladder.RUNGS[rung]
-    untied, steps = parts(variants["dense-untied"]), int(variants["dense"].split("--steps ")[1].split()[0])
+    untied, steps = parts(variants["dense-untied"]), int(given(variants["dense"])["steps"])
     assert title == f"D {D}, L {L}" and D * L == rung
     assert steps * ladder.TOKENS / sum(untied.values()) == pytest.approx(20, rel=2e-3)
+    assert float(given(variants["dense"])["learning_rate"]) == pytest.approx(0.32 / D)
+    assert len(variants) == (len(ladder.NAMES) if rung == 64 else 14)
     for name, flags in variants.items():
-        if "1/" not in name or "deepened" in name:
+        if "1/" not in name or "learned" in name:               # whose width is that from vectors
             continue
-        share, own = eval(name.split(", ")[1]), int(flags.split("--mode-width ")[1].split()[0])
+        share, own = eval(name.split(", ")[1]), int(given(flags)["mode_width"])
         base = 256 if "vectors" in name else None
         off = [abs(parts(flags, mode_width=r, base=base)["embedding"] - share * ladder.V * D)
                for r in (max(1, own - 1), own, own + 1)]
         assert min(off) == off[1], (name, off)
     assert parts(variants["bits of the id"])["embedding"] == 0
+
+
+def test_the_sweep_finds_rate_then_warm_up():
+    """A loss that is least at 0.02 and 0.1, but that no run at (0.02, 0.5) ended; one model has no runs."""
+    def run(wanted: dict, seeds: int) -> dict:
+        assert seeds == 1 and {*wanted} <= {"dense", "v1, 1/5"}
+        asked.extend(wanted["dense"])
+        return {name: {own: [dict(log=[dict(val_loss=5 + abs(own[0] - 0.02) + own[1])])]
+                       for own, flags in variants.items()
+                       if own != (0.02, 0.5) and given(flags)["learning_rate"] == f"{own[0]:g}"}
+                for name, variants in wanted.items() if name == "dense"}
+    asked = []
+    best, table = ladder.sweep(run, {"dense", "v1, 1/5", "dense, deepened"})
+    assert best == {"dense": (0.02, 0.1)}
+    assert asked == [(rate, 0.25) for rate in ladder.RATES] + [(0.02, share) for share in ladder.WARMUPS]
+    assert "| dense | 0.02 | 0.1 | 5.100 |" in table and "| 0.5 |" not in table
 
 
 def test_bits_by_hand():
@@ -68,14 +91,17 @@ def test_a_power_law_by_hand(monkeypatch, tmp_path):
     found["10000"]["bits"] = found["10000"]["v1"]
     np.testing.assert_allclose(ladder.multiples(found, "v1"), [[1, 1], [2, 2], [4, 4]])
     monkeypatch.setattr(ladder, "campaign", lambda *_: found)
+    monkeypatch.setattr(ladder, "sweep", lambda *_: (BEST, "how it was swept"))
     monkeypatch.setattr(sys, "argv", f"lab.ladder --data x --out {tmp_path}".split())
     ladder.main()
+    assert (tmp_path / "sweep.md").read_text() == "how it was swept\n"
     tables = (tmp_path / "tables.md").read_text()
     assert "v1: as good as a tied model of 2.333 ± 1.366 times its parameters" in tables
     assert "| dense-untied | 0.01 | 0.00 | 0.800 ± 0.000 | -0.040 ± 0.057 | 2 |" in tables
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
 
-def test_unknown_models_are_refused():
-    with pytest.raises(ValueError, match="unknown model 'gpt': choose from dense, dense-untied, control"):
-        ladder.experiments([64], False, ["dense", "gpt"])
+def test_unknown_models_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", f"lab.ladder --data x --out {tmp_path} --models dense gpt".split())
+    with pytest.raises(ValueError, match="unknown model 'gpt': choose from dense; dense-untied; control"):
+        ladder.main()

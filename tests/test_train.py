@@ -358,7 +358,6 @@ def test_more_ranks_than_gpus(monkeypatch):
     ("--data nowhere", "no prepared data in nowhere"), ("--data unfinished", "unfinished is unfinished"),
     ("--vocab-size 299", "--vocab-size 299: .* 300"), ("--tokens-per-step 100", "a multiple of --seq-len 32"),
     ("--seq-len 99968 --tokens-per-step 99968", "shorter than one window of"), ("--start no.pt", "no.pt"),
-    ("--isoparametric --model dense", "--isoparametric deepens Leviathan"),
     ("--n-knots 2000000000 --mode-width 4096", "out of memory .* smaller model"),
     ("--resume", "there is no run")])
 def test_what_cannot_be_is_one_line_and_leaves_nothing(tiny_data, monkeypatch, flags, message):
