@@ -444,6 +444,8 @@ def load_tensors(path):
         raise
     except Exception as error:                                                  # of any type, says torch
         reason = " ".join(str(error).split())[:300]
+        if "allocate memory" in reason:
+            raise MemoryError(f"{path} does not fit: {reason}") from error
         raise ValueError(f"{path} is missing or damaged ({reason}): take another checkpoint") from error
 
 

@@ -18,6 +18,7 @@ meta.json says how far the sources are read. So a run may end at any moment: the
 """
 import argparse
 import base64
+import errno
 import gzip
 import hashlib
 import io
@@ -285,6 +286,19 @@ def documents(path, format: str | None = None, skip_bad: bool = False, on_read=l
 AHEAD = 2**23                   # characters for each thread, so that none waits while a part is written
 
 
+UNSUPPORTED = {getattr(errno, name, 0) for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK")}
+
+
+def flush(path: Path):
+    """To the disk, where the file system can: some of CIFS, FUSE and NFS cannot, and do without."""
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+
+
 @contextmanager
 def written_whole(path: Path):
     """A temporary path to write to. It takes the name `path` once it is whole and on the disk."""
@@ -292,8 +306,7 @@ def written_whole(path: Path):
     partial = path.with_name(f".{path.name}.tmp")
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -303,11 +316,19 @@ def written_whole(path: Path):
 def sole_writer(folder: Path):
     """Raises ValueError while another process writes to the folder. The file .lock stays; it does no harm."""
     import filelock  # here, since readers do without it
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout as error:
         raise ValueError(f"another run is writing {folder} just now: wait, or use another --out") from error
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        print(f"{folder} cannot be locked ({error.strerror}): let nothing else write there", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sha256(path: Path) -> str:

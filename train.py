@@ -36,6 +36,7 @@ from tqdm import tqdm
 from leviathan import Block, Config, LanguageModel, Modes, isoparametric_depth, load, load_tensors
 from prepare_pile import (
     Windows,
+    flush,
     prepare_stdlib,
     quiet,
     read_meta,
@@ -204,8 +205,7 @@ def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, k
             with open(partial / name, "wb") as file:
                 torch.save(part.state_dict(), file)
         for path in partial.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            flush(path)
         shutil.rmtree(folder, ignore_errors=True)       # one that was found damaged
         os.replace(partial, folder)
     except (OSError, RuntimeError) as error:
@@ -266,6 +266,11 @@ def plot_curves(log: list[dict], unigram: float, title: str, path: Path):
 
 
 def main():
+    with ExitStack() as held:               # the folder's lock, and what signals did before
+        run(held)
+
+
+def run(held: ExitStack):
     # ---- what to run: the flags, or a checkpoint's settings --------------------------------------------
     given = parse_arguments()
     resume = given.pop("resume", False)
@@ -294,9 +299,8 @@ def main():
         raise ValueError(f"nothing to resume: there is no {out}; name the run's folder with --out")
     if not resume and out.exists() and {*os.listdir(out)} - {".lock", "lost+found"}:
         raise ValueError(f"{out} is not empty: go on with --resume, or name another folder with --out")
-    lock = ExitStack()                      # which is let go when the process ends
     if resume and rank == 0:
-        lock.enter_context(sole_writer(out))
+        held.enter_context(sole_writer(out))
     settings, about = given, None
     if resume and checkpoints(out):         # else it was killed before its first: begin again
         about, model, moments = newest_whole(out, say)
@@ -400,7 +404,7 @@ def main():
     if rank == 0:
         if not resume:                      # now that all else is known to be right
             Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)      # what a link points to
-            lock.enter_context(sole_writer(out))
+            held.enter_context(sole_writer(out))
             if log_path.exists():
                 raise ValueError(f"another run has written {out} meanwhile: name another folder with --out")
         for leftover in checkpoints(out, ".partial"):
@@ -421,7 +425,7 @@ def main():
         signal.signal(number, signal.SIG_DFL)
     for name, handler in (("SIGINT", finish_step), ("SIGTERM", finish_step), ("SIGHUP", hang_up)):
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:  # of nohup
-            signal.signal(number, handler)
+            held.callback(signal.signal, number, signal.signal(number, handler))
 
     def read(step: int):
         """This rank's windows of a step, whose order depends on nothing but its number."""
@@ -430,8 +434,7 @@ def main():
         return windows.pin_memory() if device.type == "cuda" else windows
 
     model.train()
-    bar = tqdm(initial=step, total=t.steps, unit="step",
-               disable=rank > 0 or quiet())
+    bar = tqdm(initial=step, total=t.steps, unit="step", disable=rank > 0 or quiet())
     reader, started, stops = ThreadPoolExecutor(1), time.perf_counter(), False
     ahead = reader.submit(read, step)
     while step < t.steps and not stops:
@@ -488,6 +491,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # >&-
     if hasattr(sys.stdout, "reconfigure"):              # not in a notebook
         sys.stdout.reconfigure(errors="replace")        # where a character is lacking, "?"
     try:

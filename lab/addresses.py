@@ -202,8 +202,8 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
 
 def write(path: Path, data, **settings):
     """start(data, **settings), as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)          # before the work
     found = start(data, **settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         torch.save(found, partial)
 

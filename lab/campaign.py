@@ -25,7 +25,7 @@ import torch
 
 from lab import addresses, generators
 from leviathan import Config, load
-from prepare_pile import prepare_stdlib, sole_writer, written_whole
+from prepare_pile import prepare_stdlib, read_meta, sole_writer, written_whole
 from train import PRESETS, Training
 
 ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # train.py, with more generators
@@ -68,7 +68,8 @@ def ready(flags: list[str], out: Path) -> list:
         if data == Training.data:
             prepare_stdlib(data)
         for i, name in [(i, flag[1:-1]) for i, flag in enumerate(flags) if flag[1:-1] in STARTS]:
-            flags[i] = out / "starts" / f"{Path(data).name}-{name}-{d_seed}-{d_model}.pt"
+            which = f"{Path(data).name}-{read_meta(data)['identity'][:8]}"
+            flags[i] = out / "starts" / f"{which}-{name}-{d_seed}-{d_model}.pt"
             if not flags[i].exists():
                 addresses.write(flags[i], data, d_seed=d_seed, d_model=d_model, **STARTS[name])
     return flags
@@ -94,7 +95,7 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
         if about["step"] < about["training"]["steps"]:  # Ctrl-C reaches it too
             raise ValueError(f"the run {flags!r} of seed {seed} was stopped: the same command goes on")
         head = dict(flags=flags, shared=shared, seed=seed, parameters=load(checkpoint).parameters_by_part(),
-                    config=about["config"], training=about["training"])
+                    config=about["config"], training=about["training"], data=about["data"])
         with written_whole(file) as path:
             lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             path.write_text(json.dumps(head) + "\n" + "".join(line for line in lines if "val_loss" in line))
@@ -107,7 +108,7 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
 def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minutes=float("inf")) -> dict:
     """Run what is missing of {experiment: {variant: flags}}, until the time is up. -> [runs] for the flags"""
     deadline, threads = time.monotonic() + 60 * minutes, max(1, torch.get_num_threads() // jobs)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+    Path(os.path.realpath(out), "runs").mkdir(parents=True, exist_ok=True)      # what a link points to
     keys = dict.fromkeys((flags, seed) for seed in range(seeds) for name, variants in experiments.items()
                          for flags in variants.values() if seed == 0 or name not in SWEEPS)
 
@@ -123,9 +124,12 @@ def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minu
     if failed and len(failed) == len(runs):
         raise runs[failed[0]]
     runs = {key: found for key, found in runs.items() if key not in failed}
-    for other in (found for found in runs.values() if found and found["shared"] != shared):
-        raise ValueError(f"{other['folder']}.jsonl was run with --train {other['shared']!r}, not {shared!r}: "
-                         "change --out")
+    for found in filter(None, runs.values()):
+        data = Path(found["training"]["data"])
+        known = {read_meta(data)["identity"], None} if data.exists() else {found.get("data")}
+        if found["shared"] != shared or found.get("data") not in known:
+            raise ValueError(f"{found['folder']}.jsonl is of --train {found['shared']!r}, not {shared!r}, or "
+                             f"of what was in {data} before: change --out")
     if None in runs.values():
         print(f"{[*runs.values()].count(None)} runs had no time: the same command goes on")
     return {name: {variant: own for variant, flags in variants.items()

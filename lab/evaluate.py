@@ -9,6 +9,7 @@ token but a shard's first is predicted once. Bits per byte leave out <|endoftext
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import lab.generators  # noqa: F401  whose models can be loaded then
 from leviathan import LanguageModel
 from prepare_pile import (
     Windows,
@@ -175,7 +177,7 @@ def main():
         if bad := [n for n, text in enumerate(texts, start=1) if " " not in text]:
             raise ValueError(f'{args.lambada}:{bad[0]} is no JSON such as {{"text": "... the last word"}}')
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(args.out)).mkdir(parents=True, exist_ok=True)     # what a link points to
         if any(args.out.iterdir()):
             raise ValueError(f"{args.out} holds files: name a new folder with --out")
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import trange
 
-from leviathan import GENERATORS, LanguageModel, load_tensors
+from lab.generators import GENERATORS
+from leviathan import LanguageModel, load_tensors
 from prepare_pile import Windows, quiet, read_counts, written_whole
 from sample import read_checkpoint
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from leviathan import Modes, digits, spline_basis
-from prepare_pile import read_counts, token_bytes, written_whole
+from prepare_pile import read_counts, read_meta, token_bytes, tokenizer_from_json, written_whole
 from sample import read_checkpoint
 
 WORDS = 1_000           # frequent words that span the map, ...
@@ -96,7 +96,8 @@ def main():
     if token_bytes(found[-1][1]) != token_bytes(tokenizer):
         raise ValueError(f"{args.twin} has another tokenizer: name a twin trained on the same data")
     spelling, counts = token_bytes(tokenizer), read_counts(data)
-    if len(counts) != len(spelling) or len(words := frequent_words(spelling, counts)) < ANCHORS:
+    same = token_bytes(tokenizer_from_json(read_meta(data)["tokenizer"])) == spelling
+    if not same or len(words := frequent_words(spelling, counts)) < ANCHORS:
         raise ValueError(f"{data} has another tokenizer, or hardly any words: there is nothing to show")
 
     matplotlib.rc("axes", titlesize=10, labelsize=9)

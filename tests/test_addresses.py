@@ -1,4 +1,5 @@
 """lab/addresses.py: each step against an obvious version of itself; the script; what train.py makes of it."""
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,15 @@ def test_cooccurrence_by_a_loop(tiny_data, monkeypatch):
     monkeypatch.setattr(addresses, "CHUNK", 1_000)      # then only pairs across the two cuts are not counted
     found = addresses.cooccurrence(windows, torch.from_numpy(counts), 3_000).to_dense()
     assert (found <= expected).all() and 0 < (expected - found).sum() <= 12
+
+
+@pytest.mark.parametrize("disable, seen", [("", True), ("1", False)])
+def test_the_lab_obeys_tqdm_disable(tiny_data, monkeypatch, disable, seen):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.isatty = lambda: True
+    monkeypatch.setenv("TQDM_DISABLE", disable)
+    addresses.cooccurrence(Windows(tiny_data, "train", 1), torch.ones(300), 10**6)
+    assert ("counting neighbours" in sys.stderr.getvalue()) == seen
 
 
 def test_ppmi_by_its_formula():
@@ -139,8 +149,9 @@ def test_bad_input_is_one_clear_line(tiny_data, tmp_path, monkeypatch):
     for out, base, message in (("there.pt", 256, "there.pt exists: name another --out"),
                                ("x.pt", 6, "3 digits of base 6 do not suit 300 tokens"),
                                ("x.pt", 301, "3 digits of base 301 do not suit"),
-                               ("x.pt", 0, "numbers must be positive")):
-        with pytest.raises(ValueError, match=message):
+                               ("x.pt", 0, "numbers must be positive"),
+                               ("there.pt/x.pt", 256, "File exists: .*there.pt")):
+        with pytest.raises((ValueError, OSError), match=message):
             run(monkeypatch, tiny_data, "--base", base, "--out", tmp_path / out)
     assert (tmp_path / "there.pt").read_bytes() == b"kept" and not (tmp_path / "x.pt").exists()
     command = [sys.executable, "-m", "lab.addresses", tmp_path, "--out", tmp_path / "x.pt"]

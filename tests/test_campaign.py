@@ -18,6 +18,7 @@ if "--clip" in given:
     sys.exit("train.py: --clip is refused")
 shutil.copytree("{template}", given["--out"], dirs_exist_ok="--resume" in sys.argv)
 about = json.load(open(given["--out"] + "/step-00000002/config.json"))
+about["data"] = json.load(open(given["--data"] + "/meta.json"))["identity"]
 about["training"].update(preset="nano", steps=3 if "--stop" in sys.argv else 2, tokens_per_step=100)
 json.dump(about, open(given["--out"] + "/step-00000002/config.json", "w"))
 open(given["--out"] + "/step-00000002/optimizer.pt", "w").close()
@@ -51,6 +52,7 @@ def ran(tmp_path, saved, tiny_data, monkeypatch):
 def test_a_campaign_is_gone_on_with(ran, tmp_path, tiny_data, monkeypatch, capsys):
     """A variant of two experiments runs once; what is there is not run again; a sweep has one seed."""
     flags = ["--train", f"--data {tiny_data}", "--out", tmp_path / "out", "--experiments"]
+    (tmp_path / "out").symlink_to("not yet there")
     for seeds, names, expected in ((1, "one two", 2), (1, "one", 2), (2, "one two", 4), (2, "rate", 5)):
         run(monkeypatch, *flags, *names.split(), "--seeds", seeds, "--jobs", 2)
         assert len(ran) == expected == len(list((tmp_path / "out/runs").glob("*.jsonl")))
@@ -62,8 +64,11 @@ def test_a_campaign_is_gone_on_with(ran, tmp_path, tiny_data, monkeypatch, capsy
     assert "| dense | 0.00 | 0.00 | 3.500 ± 0.707 |  | 2 |" in tables
     assert "| v1 | 0.00 | 0.00 | 4.000 ± 0.707 | +0.500 ± 0.000 | 2 |" in tables
     assert (tmp_path / "out/one.png").stat().st_size > 10_000 and not (tmp_path / "out/rate.png").exists()
-    with pytest.raises(ValueError, match="was run with --train .*: change --out"):
+    with pytest.raises(ValueError, match="is of --train .*: change --out"):
         run(monkeypatch, *flags, "one", "--train", f"--data {tiny_data} --beta1 0.8")
+    monkeypatch.setattr(campaign, "read_meta", lambda data: dict(identity="of other text"))
+    with pytest.raises(ValueError, match="or of what was in .*/shards before: change --out"):
+        run(monkeypatch, *flags, "one")
 
 
 def test_a_run_that_fails_or_stops_is_one_clear_line(ran, tmp_path, tiny_data, monkeypatch, capsys):
@@ -102,7 +107,8 @@ def test_with_train_itself(tiny_data, tmp_path, monkeypatch):
     head, *log = map(json.loads, next(tmp_path.glob("runs/*.jsonl")).read_text().splitlines())
     assert head["config"]["base"] == 256 and head["parameters"]["embedding"] > 3 * 256 * 8
     assert [line["step"] for line in log if "val_loss" in line] == [2, 4]
-    start = torch.load(tmp_path / "starts/shards-learned-8-32.pt", weights_only=True)
+    identity = campaign.read_meta(tiny_data)["identity"]
+    start = torch.load(tmp_path / f"starts/shards-{identity[:8]}-learned-8-32.pt", weights_only=True)
     trained = campaign.load(tmp_path / "runs/leviathan-start-learned.seed-0").embed_tokens
     assert torch.equal(trained.addresses, start["embed_tokens.addresses"])
     assert (tmp_path / "one.png").stat().st_size > 10_000

@@ -102,7 +102,8 @@ def test_checkpoints_side_by_side(data, saved, run, tmp_path):
     saved(Config(**TINY), tmp_path / "a", data)
     saved(Config(**TINY | dict(model="dense-untied", seq_len=16)), tmp_path / "b", data)
     (tmp_path / "lambada.jsonl").write_text('{"text": "def main"}\n{"text": "import os"}\n', encoding="utf-8")
-    a, b, out = tmp_path / "a", tmp_path / "b", tmp_path / "new/out"
+    a, b, out = tmp_path / "a", tmp_path / "b", tmp_path / "out"
+    out.symlink_to(tmp_path / "new/there")                      # which is made
     printed = run(a, a, b, "--lambada", tmp_path / "lambada.jsonl", "--out", out)
     assert printed == (out / "table.md").read_text(encoding="utf-8")
     rows = json.loads((out / "numbers.json").read_text())["rows"]

@@ -10,7 +10,7 @@ import pytest
 import leviathan
 from lab import picture
 from leviathan import Config
-from prepare_pile import prepare
+from prepare_pile import prepare, read_meta
 
 TINY = dict(vocab_size=1_000, seq_len=32, d_model=32, n_layers=1, n_heads=2, d_seed=64, mode_width=4)
 
@@ -65,6 +65,13 @@ def test_bad_input(run, saved, data, tiny_data, tmp_path, monkeypatch):
         run(tmp_path / "twin", "--out", tmp_path / "a.png")
     with pytest.raises(ValueError, match="other has another tokenizer: name a twin trained on the same data"):
         run(tmp_path / "ours", "--twin", tmp_path / "other", "--out", tmp_path / "a.png")
+    lines = [json.dumps(dict(text=line)) for line in Path(picture.__file__).read_text().splitlines()]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))                 # as many ids, but of another text
+    prepare([tmp_path / "b.jsonl"], tmp_path / "others", vocab_size=1_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(picture, "read_meta", lambda _: read_meta(tmp_path / "others"))
+        with pytest.raises(ValueError, match="another tokenizer, or hardly any words"):
+            run(tmp_path / "ours", "--out", tmp_path / "a.png")
     monkeypatch.setattr(picture, "ANCHORS", 301)
     with pytest.raises(ValueError, match="another tokenizer, or hardly any words"):
         run(tmp_path / "ours", "--out", tmp_path / "a.png")

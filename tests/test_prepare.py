@@ -492,6 +492,15 @@ def test_what_the_user_sees(arguments, message, tmp_path):
     assert done.stderr.startswith(f"prepare_pile.py: {message}") and len(done.stderr.splitlines()) == 1
 
 
+def test_a_report_where_characters_are_lacking(tmp_path):
+    """As of Windows' consoles, or LC_ALL=C: the work is done all the same."""
+    lines = [json.dumps(dict(text=f"word {i} " * 50, meta=dict(pile_set_name="Märchen"))) for i in range(99)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    done = run(*"--vocab-size 260 --input a.jsonl --out out".split(), cwd=tmp_path,
+               env=os.environ | dict(PYTHONIOENCODING="ascii:strict"))
+    assert done.returncode == 0 and "M?rchen " in done.stdout, done.stderr
+
+
 def test_help_starts_without_torch():
     """Nor with what only the writer needs."""
     done = run("--help", before="import atexit, sys; atexit.register(lambda: print(*sys.modules))")

@@ -1,17 +1,22 @@
 """train.py: the same run on any layout, stopped in any way; what cannot be is one clear line."""
+import errno
 import io
 import json
 import os
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
+import filelock
 import pytest
 import torch
 
@@ -39,16 +44,15 @@ needs_loopback = pytest.mark.skipif(not loopback_works(), reason="ranks talk ove
 
 
 def run(out, data, *flags) -> dict:
-    """train.main() as from the command line, but for signals and streams, which stay ours. -> result(out)"""
+    """train.main() as from the command line, but for the streams, which stay ours. -> result(out)"""
     torch.set_num_threads(1)                        # as start() has it: equal to the bit
-    signals = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    handlers = [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))]
     command = ["train.py", *FLAGS, "--data", str(data), "--out", str(out), *flags]
-    try:
-        with mock.patch.object(sys, "argv", command), mock.patch.object(os, "dup2"):
+    with mock.patch.object(sys, "argv", command), mock.patch.object(os, "dup2"):
+        try:
             train.main()
-    finally:
-        for number, handler in signals:
-            signal.signal(number, handler)
+        finally:                                    # Jupyter's %run goes on after us
+            assert handlers == [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))]
     return result(Path(out))
 
 
@@ -63,11 +67,9 @@ def during(number: int, action):
 
 @pytest.fixture(autouse=True)
 def empty_folder(monkeypatch, tmp_path):
-    """On a disk that refuses to fsync folders, as CIFS and some FUSE file systems do."""
-    def fsync(number, fsync=os.fsync):
-        if os.path.isdir(number):
-            raise OSError(22, "Invalid argument")
-        fsync(number)
+    """On a disk that refuses fsync, as CIFS and some FUSE file systems do."""
+    def fsync(number):
+        raise OSError(errno.EINVAL, "Invalid argument")
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.chdir(tmp_path)
 
@@ -175,11 +177,12 @@ def test_a_damaged_checkpoint_is_not_among_those_to_keep(copy, tiny_data, whole)
     assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
 
 
-def test_a_checkpoint_without_permission_is_not_taken_for_damaged(copy, tiny_data, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(PermissionError):
+@pytest.mark.parametrize("error, seen", [
+    (PermissionError(13, "Permission denied"), PermissionError),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), MemoryError)])
+def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(copy, tiny_data, monkeypatch, error, seen):
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    with pytest.raises(seen):
         run(copy, tiny_data, *EIGHT, "--resume")
 
 
@@ -213,12 +216,53 @@ def test_two_runs_in_one_folder_are_refused(tiny_data, whole):
     with train.sole_writer(Path("new")), pytest.raises(ValueError, match="another run is writing new"):
         run("new", tiny_data, *EIGHT)
 
+    def overtaken(out):                                                 # after the folder was looked at
+        Path(out, "log.jsonl").touch()
+        return nullcontext()
+    with mock.patch.object(train, "sole_writer", overtaken), pytest.raises(ValueError, match="meanwhile"):
+        run("new", tiny_data, *EIGHT)
+
+
+def test_a_disk_without_locks(tiny_data, whole, monkeypatch, capsys):
+    """NFS without its lock daemon: the run goes on, and says so."""
+    refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    assert run("run", tiny_data, *EIGHT) == result(whole)
+    assert capsys.readouterr().err.startswith("run cannot be locked (No locks available): let nothing else")
+
+
+def test_nothing_is_written_beside_the_data(tiny_data):
+    """It may lie on a disk that can only be read."""
+    def seen():
+        return [(path, path.stat().st_mtime_ns) for path in sorted(tiny_data.parent.rglob("*"))]
+    before = seen()
+    run("run", tiny_data, *EIGHT)
+    assert seen() == before
+
+
+def test_without_streams(tiny_data, whole):
+    """As a daemon may start it: standard output and error are closed."""
+    command = [sys.executable, ROOT / "train.py", *FLAGS, *EIGHT, "--data", tiny_data, "--out", "run"]
+    subprocess.run(f"{shlex.join(map(str, command))} >&- 2>&-", shell=True, check=True,
+                   env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert result(Path("run")) == result(whole)
+
+
+def test_ctrl_c_before_the_first_step(tiny_data, monkeypatch):
+    monkeypatch.setattr(prepare_pile, "read_meta", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, "--data", str(tiny_data), "--out", "run"])
+    with pytest.raises(SystemExit, match=r"^train\.py: stopped before the first step$"):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert not os.path.exists("run")
+
 
 def test_a_users_copies_are_neither_deleted_nor_resumed(copy, tiny_data):
     names = ["step-00000004-good1", "step-00000004.bak", "step-99999999-mine", "step-mine.partial"]
     for name in names:
         shutil.copytree(copy / "step-00000004", copy / name)
     shutil.rmtree(copy / "step-00000008")
+    (copy / "step-12345678").write_text("a file")
+    names.append("step-12345678")
     assert len(run(copy, tiny_data, *EIGHT, "--resume", "--keep", "2", "--save-every", "1")["log"]) == 8
     assert {path.name for path in copy.glob("step-*")} == {*names, "step-00000007", "step-00000008"}
 
