@@ -155,6 +155,27 @@ def as_markdown(names: list[str], rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def draw(names: list[str], rows: list[dict], path: Path):
+    """What each loses or gains on the first, by how frequent the target is, and by how frequent the input."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for ax, role in zip(axes, ("target", "input")):
+        own = [row for row in rows if row["role"] == role and row["name"] in FREQUENCIES[1:]]
+        places = [FREQUENCIES.index(row["name"]) for row in own]
+        for i, name in enumerate(names[1:]):
+            ax.plot(places, [row["less_the_first"][i] for row in own], marker="os^vDP*X"[i % 8], label=name)
+            known = [(place, *row["intervals"][i]) for place, row in zip(places, own) if row["intervals"][i]]
+            ax.fill_between(*zip(*known or [(0, 0, 0)]), alpha=0.15, lw=0)
+        ax.axhline(0, color="gray", lw=0.8)
+        ax.set(xlabel=f"decile of the {role}'s frequency, from the rarest ids", xticks=range(1, 11))
+    axes[0].set_ylabel(f"nats per token, less those of {names[0]}")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8, frameon=False)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
 def main():
     parser = argparse.ArgumentParser("lab.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoints", nargs="+", help="or folders of runs, of which the newest is taken")
@@ -196,6 +217,8 @@ def main():
     if args.out:
         (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
         (args.out / "numbers.json").write_text(json.dumps(dict(checkpoints=names, rows=rows), indent=1))
+        if len(names) > 1:
+            draw(names, rows, args.out / "frequency.png")
 
 
 if __name__ == "__main__":

@@ -143,34 +143,59 @@ def multiples(found: dict, name: str, of: str = "dense") -> np.ndarray:
     return np.stack(equal, axis=1) / own_sizes[:, None]
 
 
-def draw_sizes(found: dict, path: Path):
+def everywhere(found: dict) -> list[str]:
+    """Names of the models that each rung has."""
+    first, *others = found.values()
+    return [name for name in first if all(name in variants for variants in others)]
+
+
+def summary(found: dict) -> str:
+    """Markdown: a row for each model that all rungs have, with lowest and highest of its multiples."""
+    rows = ["| validation loss | " + " | ".join(found) + " | as good as a tied model of ... its size |",
+            "|---" * (2 + len(found)) + "|"]
+    for name in everywhere(found):
+        losses = [[run["log"][-1]["val_loss"] for run in variants[name]] for variants in found.values()]
+        cells, times = " | ".join(map(spread, losses)), multiples(found, name)
+        rows.append(f"| {name} | {cells} | {times.min():.2f} to {times.max():.2f} |")
+    return "\n".join(rows)
+
+
+def draw(found: dict, path: Path):
     """Left: loss against parameters, with a power law through each dense twin. Right: the gap to the untied
-    twin against tokens for each of its parameters, on the largest rung that has it."""
+    twin against tokens for each of its parameters, on the largest rung."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    names = dict.fromkeys(name for variants in found.values() for name in variants)
-    for i, name in enumerate(names):
-        style = dict(color=f"C{i}" if i < 10 else "black", marker="os^vDP*X<>h"[i % 11])
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
+    colors = {"dense": "0.6", "dense-untied": "black", "control": "C3", "bits": "C2", "v1": "C0", "lev": "C1"}
+    largest = [*found.values()][-1]
+    base = {run["seed"]: run["log"] for run in largest["dense-untied"]}
+    for name in everywhere(found):
+        kind = ("vectors" in name and "control" not in name) + 2 * ("deepened" in name)
+        style = dict(color=colors[name.replace(",", " ").split()[0]], ms=6,
+                     marker="v" if "1/20" in name else "os^D"[kind])
         sizes, losses = by_size(found, name)
-        left.errorbar(sizes / 1e6, losses.mean(1), np.ptp(losses, axis=1) / 2, ls="", label=name, **style)
-        if name in TWINS and len(sizes) > 2:
+        order, spans = sizes.argsort(), [losses.mean(1) - losses.min(1), losses.max(1) - losses.mean(1)]
+        left.errorbar(sizes[order] / 1e6, losses.mean(1)[order], np.array(spans)[:, order], label=name,
+                      ls="" if name in TWINS else ":", lw=0.8, **style)
+        if name in TWINS:
             b, a = power_law(sizes, losses.mean(1))
-            line = np.geomspace(sizes.min() / 2, sizes.max(), 50)
+            line = np.geomspace(sizes.min() / 1.2, 1.1 * max(sum(run["parameters"].values())
+                                                            for run, *_ in largest.values()), 50)
             left.plot(line / 1e6, np.exp(a + b * np.log(line)), lw=1, color=style["color"])
-        variants = [v for v in found.values() if name in v and "dense-untied" in v][-1:]
-        if variants and name != "dense-untied":
-            own, base = ({run["seed"]: run for run in variants[0][key]} for key in (name, "dense-untied"))
-            steps = np.array([line["step"] for line in next(iter(base.values()))["log"]])
-            gaps = [[a["val_loss"] - b["val_loss"] for a, b in zip(own[seed]["log"], base[seed]["log"])]
-                    for seed in own.keys() & base.keys()]
-            right.plot(20 * steps / steps[-1], np.mean(gaps, axis=0), ms=3, **style)
+        own = [(run["log"], base[run["seed"]]) for run in largest[name] if run["seed"] in base]
+        if own and name != "dense-untied":
+            gaps = [[a["val_loss"] - b["val_loss"] for a, b in zip(*pair)] for pair in own]
+            steps = np.array([line["step"] for line in own[0][0]])
+            right.plot(20 * steps / steps[-1], np.mean(gaps, axis=0), lw=0.8, **style)
     left.set(xscale="log", xlabel="million parameters", ylabel="validation loss, nats per token")
+    for axis in (left.xaxis.set_major_formatter, left.xaxis.set_minor_formatter):
+        axis("{x:.1g}")
+    right.axhline(0, color="black", lw=0.8)
+    right.set(xlabel=f"tokens for each parameter of dense-untied, {[*found][-1]}",
+              ylabel="loss less that of dense-untied")
     labels = left.get_legend_handles_labels()
-    fig.legend(*labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    right.axhline(0, color="gray", lw=0.8)
-    right.set(xlabel="tokens per parameter of the untied twin", ylabel="loss minus that of dense-untied")
+    fig.legend(*labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     fig.savefig(path, dpi=150)
 
 
@@ -200,15 +225,14 @@ def main():
     found = run(experiments(args.rungs, best, args.models), args.seeds)
     found = {title: variants for title, variants in found.items() if variants}
     tables = [f"{title}\n\n{as_table(variants)}" for title, variants in found.items()]
-    for name in {name: 0 for variants in found.values() for name in variants}:
-        if len(by_size(found, "dense")[0]) > 2 and name not in TWINS:
-            size = spread(multiples(found, name).ravel())
-            tables.append(f"{name}: as good as a tied model of {size} times its parameters")
+    compared = len(found) > 2 and {*TWINS} <= {*everywhere(found)}
+    if compared:
+        tables.insert(0, summary(found))
     print("\n" + "\n\n".join(tables))
     (args.out / "sweep.md").write_text(table + "\n", encoding="utf-8")
     (args.out / "tables.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    if found:
-        draw_sizes(found, args.out / "ladder.png")
+    if compared:
+        draw(found, args.out / "ladder.png")
 
 
 if __name__ == "__main__":

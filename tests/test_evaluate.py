@@ -106,6 +106,7 @@ def test_checkpoints_side_by_side(data, saved, run, tmp_path):
     out.symlink_to(tmp_path / "new/there")                      # which is made
     printed = run(a, a, b, "--lambada", tmp_path / "lambada.jsonl", "--out", out)
     assert printed == (out / "table.md").read_text(encoding="utf-8")
+    assert (out / "frequency.png").stat().st_size > 10_000
     rows = json.loads((out / "numbers.json").read_text())["rows"]
     whole, (low, high) = rows[0], rows[0]["intervals"][1]
     assert whole["less_the_first"][0] == 0 and whole["intervals"][0] == [0, 0]
