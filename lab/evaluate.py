@@ -32,7 +32,7 @@ from prepare_pile import (
 )
 from sample import choose_device, read_checkpoint
 
-TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**13, 2**24
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**13, 2**22
 RESAMPLES = 2_000               # of the bootstrap
 FEWEST = 10                     # documents from which an interval is formed
 FREQUENCIES = ["never seen", "decile 1, the rarest", *(f"decile {d}" for d in range(2, 11))]

@@ -33,7 +33,7 @@ step() {        # stage, name, command ...
 
 all() {
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null || echo "no GPU"
-    step tests tests $python -m pytest test_leviathan.py tests/test_bench.py -p no:cacheprovider
+    step tests tests $python -m pytest test_leviathan.py tests/test_gpu.py tests/test_bench.py -p no:cacheprovider
     for shape in ${SHAPES:-256x6 1024x12}; do
         step bench "bench-$shape" $python bench.py --shape "$shape" --rounds 5 \
             --json "$out/bench-$shape.json" ${BENCH:-}

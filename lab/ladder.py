@@ -19,6 +19,7 @@ import torch
 from lab.addresses import BASE
 from lab.campaign import CONTROL, OURS, TWINS, as_table, campaign, spread
 from leviathan import GENERATORS
+from prepare_pile import read_counts
 
 V, TOKENS = 8_192, 8_192                                        # of the vocabulary; of a step
 RUNGS = {64: (32, 2), 128: (64, 2), 256: (64, 4), 512: (128, 4)}                    # D L: D, L
@@ -214,6 +215,8 @@ def main():
         raise ValueError("--seeds and --jobs must be at least 1")
     if unknown := {*args.models} - {*NAMES}:
         raise ValueError(f"unknown model {min(unknown)!r}: choose from {'; '.join(NAMES)}")
+    if (n := len(read_counts(args.data))) != V:
+        raise ValueError(f"{args.data} has a vocabulary of {n:,}: prepare it with --vocab-size {V}")
     end = time.monotonic() + 60 * args.minutes
 
     def run(wanted: dict, seeds: int) -> dict:

@@ -92,6 +92,7 @@ def test_a_power_law_by_hand(monkeypatch, tmp_path):
     np.testing.assert_allclose(ladder.multiples(found, "v1"), [[1, 1], [2, 2], [4, 4]])
     monkeypatch.setattr(ladder, "campaign", lambda *_: found)
     monkeypatch.setattr(ladder, "sweep", lambda *_: (BEST, "how it was swept"))
+    monkeypatch.setattr(ladder, "read_counts", lambda _: np.zeros(ladder.V))
     monkeypatch.setattr(sys, "argv", f"lab.ladder --data x --out {tmp_path}".split())
     ladder.main()
     assert (tmp_path / "sweep.md").read_text() == "how it was swept\n"
@@ -101,7 +102,10 @@ def test_a_power_law_by_hand(monkeypatch, tmp_path):
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
 
-def test_unknown_models_are_refused(monkeypatch, tmp_path):
+def test_what_does_not_fit_is_refused(monkeypatch, tmp_path, tiny_data):
+    monkeypatch.setattr(sys, "argv", f"lab.ladder --data {tiny_data} --out {tmp_path}".split())
+    with pytest.raises(ValueError, match="has a vocabulary of 300: prepare it with --vocab-size 8192"):
+        ladder.main()
     monkeypatch.setattr(sys, "argv", f"lab.ladder --data x --out {tmp_path} --models dense gpt".split())
     with pytest.raises(ValueError, match="unknown model 'gpt': choose from dense; dense-untied; control"):
         ladder.main()
