@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -144,20 +145,23 @@ def multiples(found: dict, name: str, of: str = "dense") -> np.ndarray:
     return np.stack(equal, axis=1) / own_sizes[:, None]
 
 
-def everywhere(found: dict) -> list[str]:
-    """Names of the models that each rung has."""
-    first, *others = found.values()
-    return [name for name in first if all(name in variants for variants in others)]
+def repeated(found: dict) -> list[str]:
+    """Names of the models that more than one rung has."""
+    names = Counter(name for variants in found.values() for name in variants)
+    return [name for name in next(iter(found.values())) if names[name] > 1]
 
 
 def summary(found: dict) -> str:
-    """Markdown: a row for each model that all rungs have, with lowest and highest of its multiples."""
-    rows = ["| validation loss | " + " | ".join(found) + " | as good as a tied model of ... its size |",
-            "|---" * (2 + len(found)) + "|"]
-    for name in everywhere(found):
-        losses = [[run["log"][-1]["val_loss"] for run in variants[name]] for variants in found.values()]
-        cells, times = " | ".join(map(spread, losses)), multiples(found, name)
-        rows.append(f"| {name} | {cells} | {times.min():.2f} to {times.max():.2f} |")
+    """Markdown: a row for each model of several rungs. The last columns: lowest and highest of the multiples
+    of its size at which a dense model has the same loss."""
+    rows = ["| validation loss | " + " | ".join([*found, "as tied, times", "as untied, times"]) + " |",
+            "|---" * (3 + len(found)) + "|"]
+    for name in repeated(found):
+        losses = [[run["log"][-1]["val_loss"] for run in v.get(name, ())] for v in found.values()]
+        cells = [spread(own) if own else "" for own in losses]
+        for times in (multiples(found, name, of=twin) for twin in TWINS):
+            cells.append(f"{times.min():.2f} to {times.max():.2f}")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -171,7 +175,7 @@ def draw(found: dict, path: Path):
     colors = {"dense": "0.6", "dense-untied": "black", "control": "C3", "bits": "C2", "v1": "C0", "lev": "C1"}
     largest = [*found.values()][-1]
     base = {run["seed"]: run["log"] for run in largest["dense-untied"]}
-    for name in everywhere(found):
+    for name in repeated(found):
         kind = ("vectors" in name and "control" not in name) + 2 * ("deepened" in name)
         style = dict(color=colors[name.replace(",", " ").split()[0]], ms=6,
                      marker="v" if "1/20" in name else "os^D"[kind])
@@ -184,7 +188,7 @@ def draw(found: dict, path: Path):
             line = np.geomspace(sizes.min() / 1.2, 1.1 * max(sum(run["parameters"].values())
                                                             for run, *_ in largest.values()), 50)
             left.plot(line / 1e6, np.exp(a + b * np.log(line)), lw=1, color=style["color"])
-        own = [(run["log"], base[run["seed"]]) for run in largest[name] if run["seed"] in base]
+        own = [(run["log"], base[run["seed"]]) for run in largest.get(name, ()) if run["seed"] in base]
         if own and name != "dense-untied":
             gaps = [[a["val_loss"] - b["val_loss"] for a, b in zip(*pair)] for pair in own]
             steps = np.array([line["step"] for line in own[0][0]])
@@ -228,7 +232,7 @@ def main():
     found = run(experiments(args.rungs, best, args.models), args.seeds)
     found = {title: variants for title, variants in found.items() if variants}
     tables = [f"{title}\n\n{as_table(variants)}" for title, variants in found.items()]
-    compared = len(found) > 2 and {*TWINS} <= {*everywhere(found)}
+    compared = len(found) > 2 and all({*TWINS} <= variants.keys() for variants in found.values())
     if compared:
         tables.insert(0, summary(found))
     print("\n" + "\n\n".join(tables))

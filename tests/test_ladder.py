@@ -97,7 +97,7 @@ def test_a_power_law_by_hand(monkeypatch, tmp_path):
     ladder.main()
     assert (tmp_path / "sweep.md").read_text() == "how it was swept\n"
     tables = (tmp_path / "tables.md").read_text()
-    assert "| v1 | 0.840 ± 0.057 | 0.499 ± 0.034 | 0.297 ± 0.020 | 1.00 to 4.00 |" in tables
+    assert "| v1 | 0.840 ± 0.057 | 0.499 ± 0.034 | 0.297 ± 0.020 | 1.00 to 4.00 | 0.68 to 4.00 |" in tables
     assert "| dense-untied | 0.01 | 0.00 | 0.800 ± 0.000 | -0.040 ± 0.057 | 2 |" in tables
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
