@@ -653,6 +653,7 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once: any moment will do
+    sys.setswitchinterval(5e-4)                     # seconds that a thread with tokens waits for the reader
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")    # where a character of a domain is lacking, "?"
     try:

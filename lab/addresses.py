@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from leviathan import digits, smallest_base
-from prepare_pile import Windows, quiet, read_counts, written_whole
+from prepare_pile import Windows, quiet, read_counts, read_meta, written_whole
 
 BASE = 256                      # of digits learned with their codebooks: rows are cheap, and more fit better
 OFFSETS = (-2, -1, 1, 2)        # places of the context
@@ -201,9 +201,9 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
 
 
 def write(path: Path, data, **settings):
-    """start(data, **settings), as a file."""
+    """start(data, **settings), as a file that says for which tokenizer it is."""
     path.parent.mkdir(parents=True, exist_ok=True)          # before the work
-    found = start(data, **settings)
+    found = start(data, **settings) | {"tokenizer": read_meta(data)["tokenizer"]["sha256"]}
     with written_whole(path) as partial:
         torch.save(found, partial)
 

@@ -15,9 +15,10 @@ import torch
 from tqdm import trange
 
 from lab.generators import GENERATORS
-from leviathan import LanguageModel, load_tensors
-from prepare_pile import Windows, quiet, read_counts, written_whole
+from leviathan import LanguageModel
+from prepare_pile import Windows, quiet, read_counts, tokenizer_to_json, written_whole
 from sample import read_checkpoint
+from train import read_start
 
 BATCH = 2_048               # tokens drawn for a step, by frequency
 
@@ -62,11 +63,11 @@ def main():
     if args.out.exists() or min(args.d_seed, args.mode_width, args.steps) < 1:
         raise ValueError(f"{args.out} exists: name another --out" if args.out.exists() else
                          "--d-seed, --mode-width and --steps must be at least 1")
-    model, _, data = read_checkpoint(args.run)
+    model, tokenizer, data = read_checkpoint(args.run)
     if model.config.model != "dense-untied":
         raise ValueError(f"{args.run} is {model.config.model}: fit the table of a dense-untied")
     table, V, D = model.embed_tokens.weight.detach(), model.config.vocab_size, model.config.d_model
-    given = load_tensors(args.start) if args.start else {}
+    given = read_start(args.start, data) if args.start else {}
     base = given["embed_tokens.codebooks"].shape[1] if given else None
     embed = GENERATORS[args.generator](V, D, base=base, d_seed=args.d_seed, mode_width=args.mode_width,
                                        seed=args.seed)
@@ -84,6 +85,7 @@ def main():
           f"with the table, {validation_loss(model, windows):.4f} with the fitted rows")
     found = {f"embed_tokens.{name}": x for name, x in embed.state_dict().items()}
     found |= {name: x for name, x in model.state_dict().items() if not name.startswith("embed_tokens.")}
+    found["tokenizer"] = tokenizer_to_json(tokenizer)["sha256"]
     with written_whole(args.out) as partial:
         torch.save(found, partial)
 

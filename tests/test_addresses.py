@@ -133,7 +133,8 @@ def test_from_data_to_a_trained_model(tiny_data, tmp_path, monkeypatch):
     run(monkeypatch, tiny_data, "--d-seed", 16, "--out", tmp_path / "new/learned.pt")
     run(monkeypatch, tiny_data, "--for", "dense-untied", "--d-model", 32, "--out", tmp_path / "new/table.pt")
     config = Config(model="dense-untied", vocab_size=300, d_model=32, n_layers=1)
-    table = build(config, Training(start=str(tmp_path / "new/table.pt"))).embed_tokens.weight
+    training = Training(data=str(tiny_data), start=str(tmp_path / "new/table.pt"))
+    table = build(config, training).embed_tokens.weight
     assert torch.equal(table, torch.load(tmp_path / "new/table.pt", weights_only=True)["embed_tokens.weight"])
     flags = ["--data", tiny_data, "--start", tmp_path / "new/learned.pt", "--out", tmp_path / "run"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *TINY, *flags], capture_output=True, text=True)

@@ -30,7 +30,7 @@ def test_from_a_run_to_a_start(saved, tiny_data, tmp_path, monkeypatch, capsys):
     fit.main()
     assert " numbers for " in capsys.readouterr().out
     config = Config(**TINY | dict(vocab_size=300, d_seed=8, mode_width=2))
-    model = build(config, Training(start=str(tmp_path / "x.pt")))
+    model = build(config, Training(data=str(tiny_data), start=str(tmp_path / "x.pt")))
     assert torch.equal(model.lm_head.weight, twin.lm_head.weight)
     assert not torch.equal(model.embed_tokens.table(), TokenGenerator(300, twin.config.d_model).table())
     with pytest.raises(ValueError, match="x.pt exists: name another"):

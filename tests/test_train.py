@@ -336,6 +336,16 @@ def test_a_start_that_does_not_fit(tiny_data, model, content):
     assert os.listdir() == ["start.pt"]
 
 
+def test_a_start_for_another_tokenizer(tiny_data):
+    """Of as many ids; a file that does not say whose it is, such as a user's own, is taken as it is."""
+    whose = read_meta(tiny_data)["tokenizer"]["sha256"]
+    torch.save(TABLE | dict(tokenizer=whose), "own.pt")
+    torch.save(TABLE | dict(tokenizer=whose[::-1]), "other.pt")
+    run("run", tiny_data, *EIGHT, "--model", "dense-untied", "--start", "own.pt")
+    with pytest.raises(ValueError, match=r"^--start other\.pt does not fit .*: it was made for another tok"):
+        run("other", tiny_data, *EIGHT, "--model", "dense-untied", "--start", "other.pt")
+
+
 def test_bfloat16_trains_alike(tiny_data, whole):
     logs = run("run", tiny_data, *EIGHT, "--dtype", "bfloat16")["log"], result(whole)["log"]
     ours, theirs = ([line["loss"] for line in log] for log in logs)
