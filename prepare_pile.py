@@ -228,26 +228,6 @@ def opened(path: Path, file):
     return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
 
 
-def pieces(path: Path, format: str, on_read):
-    """Yields lines, which end at \\n alone, as text may hold U+2028 and U+0085; or the whole."""
-    limit, seen = LONGEST_DOCUMENT + 1, 0
-    with open(path, "rb") as file, opened(path, file) as content:
-        if content is not file and not path.stat().st_size:
-            raise ValueError(f"{path} is empty: fetch it again")
-        for number in count(1):
-            try:
-                piece = content.readline(limit) if format == "jsonl" else content.read(limit)
-            except Exception as error:          # of gzip, zlib, zstd, the disk
-                raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
-            if len(piece) == limit:
-                raise ValueError(f"{path}:{number}: more than {LONGEST_DOCUMENT >> 20} MB: cut it in pieces")
-            on_read(file.tell() - seen)
-            seen = file.tell()
-            yield piece
-            if format == "text" or not piece:
-                return
-
-
 def parse(line: bytes) -> tuple[str, str]:
     """Text and domain (`pile_set_name`) of a line of JSON. Raises ValueError."""
     document = json.loads(line)
@@ -263,22 +243,35 @@ def parse(line: bytes) -> tuple[str, str]:
 def documents(path, format: str | None = None, skip_bad: bool = False, on_read=lambda n: None):
     """Yields (text, domain) of each document. Raises ValueError with file and line of what cannot be read.
 
-    skip_bad: yields (None, where and why) in its place.
+    skip_bad: yields (None, where and why) in its place. Lines end at \\n alone: text may hold U+2028, U+0085.
     """
-    path = Path(path)
+    path, limit, seen = Path(path), LONGEST_DOCUMENT + 1, 0
     if not (format := format_of(path, format)):
         raise ValueError(f"{path} is of an unknown format: say --format jsonl or --format text")
-    for number, piece in enumerate(pieces(path, format, on_read), start=1):
-        try:
-            if format == "text":
-                yield piece.decode("utf-8-sig"), "(none)"
-            elif piece.strip():
-                yield parse(piece)
-        except (ValueError, RecursionError) as error:
-            bad = f"{path}:{number}: {error}"
-            if not skip_bad:
-                raise ValueError(f"{bad}: mend it, or leave out such lines with --skip-bad") from error
-            yield None, bad
+    with open(path, "rb") as file, opened(path, file) as content:
+        if content is not file and not path.stat().st_size:
+            raise ValueError(f"{path} is empty: fetch it again")
+        for number in count(1):
+            try:
+                piece = content.readline(limit) if format == "jsonl" else content.read(limit)
+            except Exception as error:          # of gzip, zlib, zstd, the disk
+                raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
+            if len(piece) == limit:
+                raise ValueError(f"{path}:{number}: more than {LONGEST_DOCUMENT >> 20} MB: cut it in pieces")
+            on_read(file.tell() - seen)
+            seen = file.tell()
+            try:
+                if format == "text":
+                    yield piece.decode("utf-8-sig"), "(none)"
+                elif piece.strip():
+                    yield parse(piece)
+            except (ValueError, RecursionError) as error:
+                bad = f"{path}:{number}: {error}"
+                if not skip_bad:
+                    raise ValueError(f"{bad}: mend it, or leave out such lines with --skip-bad") from error
+                yield None, bad
+            if format == "text" or not piece:
+                return
 
 
 # ---- The writer. -------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ from tqdm import tqdm
 from leviathan import Block, Config, LanguageModel, Modes, isoparametric_depth, load, load_tensors
 from prepare_pile import (
     Windows,
-    flush,
     prepare_stdlib,
     quiet,
     read_meta,
@@ -166,7 +165,7 @@ def window_stream(windows: Windows, positions, seed: int) -> np.ndarray:
 # ---- models and their checkpoints ----------------------------------------------------------------------
 
 def read_start(path, data) -> dict:
-    """A part of a state dict. Raises ValueError if it says that it is for another tokenizer than the data's."""
+    """A part of a state dict. Raises ValueError if it says it is for another tokenizer than the data's."""
     given = load_tensors(path)
     whose = given.pop("tokenizer", None)
     if whose and whose != read_meta(data)["tokenizer"]["sha256"]:
@@ -208,13 +207,12 @@ def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, k
     partial = folder.with_suffix(".partial")
     try:
         partial.mkdir()
-        (partial / "config.json").write_text(json.dumps(dict(step=step) | about, indent=1), encoding="utf-8")
-        (partial / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-        for part, name in ((model, "model.pt"), (optimizer, "optimizer.pt")):
-            with open(partial / name, "wb") as file:
+        for name, content in (("config.json", dict(step=step) | about), ("tokenizer.json", tokenizer)):
+            with written_whole(partial / name) as path:
+                path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for name, part in (("model.pt", model), ("optimizer.pt", optimizer)):
+            with written_whole(partial / name) as path, open(path, "wb") as file:
                 torch.save(part.state_dict(), file)
-        for path in partial.iterdir():
-            flush(path)
         shutil.rmtree(folder, ignore_errors=True)       # one that was found damaged
         os.replace(partial, folder)
     except (OSError, RuntimeError) as error:
