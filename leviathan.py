@@ -106,8 +106,8 @@ def product_tree(factors):
 class Modes(nn.Module):
     """Π_d φ_d(x_d), a learned curve φ_d = Σ_n B_n S_dn for each dimension [P]. (U, d_seed) -> (U, C)
 
-    `splines` holds S - 1 [O]: since the B_n sum to 1, φ = 1 + Σ_n B_n (S - 1)_n. So 0 is neutral, and
-    bfloat16, whose steps near 1 are 1/128, can train it. Factors are float32 at least: 128 err by 2 % else.
+    `splines` holds S - 1 [O]: so 0 is neutral, and bfloat16, whose steps near 1 are 1/128, can train it.
+    Factors are float32 at least: 128 err by 2 % else.
     """
     def __init__(self, d_seed: int, n_knots: int, columns: int):
         super().__init__()
@@ -116,7 +116,7 @@ class Modes(nn.Module):
     def forward(self, x):
         wide = torch.promote_types(x.dtype, torch.float32)
         basis = spline_basis(x.T.to(wide), self.splines.shape[1])               # (d_seed, U, κ)
-        curves = (basis @ self.splines.to(wide)).add_(1)                        # (d_seed, U, C)
+        curves = basis @ (self.splines.to(wide) + 1)                            # (d_seed, U, C)
         return product_tree(curves).to(x.dtype)
 
 
@@ -131,7 +131,7 @@ class TokenGenerator(nn.Module):
     addresses, a buffer: V different integers below b^k, whose digits count. The ids [P], or what is loaded.
     """
     N_KNOTS = 32
-    CURVE_VALUES = {"cpu": 2**22, "other": 2**27}       # φ held at once: 16 MB on a CPU, 512 elsewhere
+    CPU, GPU = 2**22, 2**27                             # values of φ at once: 16 MB, that cache holds; 512 MB
 
     def __init__(self, vocab_size: int, d_model: int, *, n_coords: int = 3, base: int | None = None,
                  d_seed: int = 128, n_knots: int | None = None, n_modes: int = 8, mode_width: int = 64,
@@ -182,9 +182,9 @@ class TokenGenerator(nn.Module):
         """
         if ids.dtype == torch.bool or ids.is_floating_point():
             raise TypeError(f"ids are of type {ids.dtype}: they must be integers")
-        values = self.CURVE_VALUES.get(ids.device.type, self.CURVE_VALUES["other"])
         distinct, inverse = ids.unique(return_inverse=True)
-        chunks = distinct.split(max(32, values // (self.d_seed * self.n_modes * self.mode_width)))
+        values = self.d_seed * self.n_modes * self.mode_width                   # of φ for an id
+        chunks = distinct.split(max(32, (self.CPU if ids.is_cpu else self.GPU) // values))
         with torch.autocast(ids.device.type, enabled=False):
             rows = [checkpoint(self.rows, chunk, use_reentrant=False) if len(chunks) > 1 else self.rows(chunk)
                     for chunk in chunks]
@@ -200,7 +200,7 @@ class LevGenerator(TokenGenerator):
     """LEV, the May version, as it differs: a W_seed, a LayerNorm and so a point for each mode [P]; half the
     sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 quotes none]."""
     N_KNOTS = 16
-    CURVE_VALUES = {"cpu": 2**23, "other": 2**27}       # more, as modes come one by one
+    CPU = 2**23                                         # more, as modes come one by one
 
     def __init__(self, vocab_size: int, d_model: int, *, seed: int = 0, **settings):
         super().__init__(vocab_size, d_model, **settings)

@@ -93,9 +93,8 @@ def gradients(e, g, weights):
 @pytest.mark.parametrize("n_coords", [1, 2, 3])
 def test_slow_version_rows_and_forward_are_one(generator, centred, n_coords, monkeypatch):
     """Values and gradients; `forward` with repeated ids of any shape, in chunks of 32 that are recomputed."""
-    monkeypatch.setattr(TokenGenerator, "CURVE_VALUES", {"cpu": 1})
-    monkeypatch.setitem(TokenGenerator.CURVE_VALUES, "other", 1)
     g = tiny_generator(generator, centred=centred, n_coords=n_coords)
+    monkeypatch.setattr(type(g), "CPU", 1)
     ids = torch.randint(97, (4, 25), generator=torch.Generator().manual_seed(1))
     assert len(ids.unique()) > 32
     weights = torch.randn(4, 25, 7, dtype=torch.float64)

@@ -34,7 +34,8 @@ def embed(request):
 @pytest.fixture
 def chunks(monkeypatch):
     """More than one chunk of ids, the later ones of which backward computes again."""
-    monkeypatch.setattr(TokenGenerator, "CURVE_VALUES", {"cpu": 0, "other": 0})
+    for generator in GENERATORS.values():
+        monkeypatch.setattr(generator, "CPU", 0)
     return torch.randperm(97)
 
 
