@@ -29,7 +29,6 @@ BASE = 256                      # of digits learned with their codebooks: rows a
 OFFSETS = (-2, -1, 1, 2)        # places of the context
 CONTEXTS = 8_192                # the most frequent tokens, which alone count as context
 CHUNK = 2**22                   # tokens counted at once
-SCALE = 0.02                    # of a start, as initialise() has it for tables and codebooks
 
 
 # ---- a vector for each token -------------------------------------------------------------------------------
@@ -43,7 +42,7 @@ def cooccurrence(windows: Windows, counts, sample: int):
     column = torch.full((V,), -1)
     column[counts.argsort(descending=True, stable=True)[:n_contexts]] = torch.arange(n_contexts)
     sizes = [shard["tokens"] for shard in windows.shards]
-    ends = [max(1, int(size * min(1, sample / sum(sizes)))) for size in sizes]
+    ends = [max(1, min(size, size * sample // sum(sizes))) for size in sizes]
     chunks = [(shard, i, min(i + CHUNK, end)) for shard, end in enumerate(ends) for i in range(0, end, CHUNK)]
     width = len(OFFSETS) * n_contexts
     keys, values = np.zeros(0, np.int64), np.zeros(0)
@@ -165,14 +164,16 @@ def summed(addresses, codebooks):
 # ---- the file ----------------------------------------------------------------------------------------------
 
 def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3, base=None, d_seed=128,
-          d_model=128, sample=10**8, seed=0) -> dict:
+          d_model=128, sample=10**8, seed=0, scale=0.02) -> dict:
     """Part of a state dict, for a model of the prepared folder `data` to start from. Raises ValueError.
 
     leviathan: addresses, and codebooks from the vectors or of `noise`, whose shape tells the base.
     dense-untied: a table, a random rotation of the vectors; tokens never seen start as noise.
+    scale: standard deviation of either. Codebooks of another compute the same, but for the LayerNorm's eps,
+    and learn at another pace: Adam's steps are of one size, whatever they are added to.
     """
     sizes = n_coords, d_seed, d_model, sample, seed + 1, 1 if base is None else base
-    if min(sizes) < 1 or max(sizes) > 2**31:
+    if min(sizes) < 1 or max(sizes) > 2**31 or not 0 < scale < 2**31:
         raise ValueError("numbers must be positive, the seed at least 0, and all below 2^31")
     counts = torch.from_numpy(read_counts(data))
     V, rng = len(counts), torch.Generator().manual_seed(seed)
@@ -183,20 +184,20 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
     if not vectors.any():
         raise ValueError(f"in {data} no two tokens attract each other: take a larger --sample, or more text")
     if model == "dense-untied":
-        seen, table = vectors.any(1), SCALE * torch.randn(V, d_model, generator=rng)
+        seen, table = vectors.any(1), scale * torch.randn(V, d_model, generator=rng)
         rows = vectors[seen] @ torch.nn.init.orthogonal_(torch.empty(d_seed, d_model), generator=rng)
-        table[seen] = rows * SCALE / rows.square().mean().sqrt()
+        table[seen] = rows * scale / rows.square().mean().sqrt()
         return {"embed_tokens.weight": table}
     weight = counts.float().sqrt() + 1e-3       # more than one in the vocabulary, less than one in the text
     order = {"id": torch.arange(V), "shuffled": torch.randperm(V, generator=rng), "frequency": ranks(counts)}
     chosen = quantise(vectors, weight, base, n_coords, seed) if addresses == "learned" else order[addresses]
     if noise:
-        codebooks = SCALE * torch.randn(n_coords, base, d_seed, generator=rng)
+        codebooks = scale * torch.randn(n_coords, base, d_seed, generator=rng)
     else:
         codebooks = centroids(vectors, weight, chosen, base, n_coords)
         lost = (vectors - summed(chosen, codebooks)).square().sum(1) @ counts.float() / counts.sum()
         print(f"{n_coords} x {base} codebook rows explain {1 - lost:.1%} of the text's token vectors")
-        codebooks *= SCALE / codebooks[0, codebooks[0].any(1)].square().mean().sqrt()
+        codebooks *= scale / codebooks[0, codebooks[0].any(1)].square().mean().sqrt()
     return {"embed_tokens.addresses": chosen, "embed_tokens.codebooks": codebooks}
 
 
@@ -222,6 +223,7 @@ def main():
             ("d-model", 128, "width of the table [128]"), ("sample", 10**8, "tokens to count [100 million]"),
             ("seed", 0, "of all that is drawn [0]")):
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
+    parser.add_argument("--scale", type=float, default=0.02, help="standard deviation at the start [0.02]")
     args = vars(parser.parse_args())
     out = args.pop("out")
     if out.exists():

@@ -29,9 +29,10 @@ from prepare_pile import prepare_stdlib, read_meta, sole_writer, written_whole
 from train import PRESETS, Training
 
 ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # train.py, with more generators
-STARTS = {      # {name} among flags is a file that lab.addresses writes of the data, with these settings
+STARTS = {      # {name} or {name@scale} is a file that lab.addresses writes of the data, with these settings
     "table": dict(model="dense-untied"), "learned": dict(), "noise": dict(noise=True),
-    "shuffled": dict(addresses="shuffled", noise=True), "frequency": dict(addresses="frequency", noise=True)}
+    "id": dict(addresses="id", noise=True), "shuffled": dict(addresses="shuffled", noise=True),
+    "frequency": dict(addresses="frequency", noise=True)}
 TWINS = {"dense": "--model dense", "dense-untied": "--model dense-untied"}
 CONTROL = {"control, from vectors": "--model dense-untied --start {table}"}     # the same knowledge
 OURS = "--model leviathan"
@@ -67,11 +68,13 @@ def ready(flags: list[str], out: Path) -> list:
     with MAKING:
         if data == Training.data:
             prepare_stdlib(data)
-        for i, name in [(i, flag[1:-1]) for i, flag in enumerate(flags) if flag[1:-1] in STARTS]:
-            which = f"{Path(data).name}-{read_meta(data)['identity'][:8]}"
-            flags[i] = out / "starts" / f"{which}-{name}-{d_seed}-{d_model}.pt"
+        for i, flag in [(i, flag[1:-1]) for i, flag in enumerate(flags) if flag[:1] == "{"]:
+            which, (name, _, scale) = Path(data).name, flag.partition("@")
+            which += f"-{read_meta(data)['identity'][:8]}"
+            flags[i] = out / "starts" / f"{which}-{flag}-{d_seed}-{d_model}.pt"
             if not flags[i].exists():
-                addresses.write(flags[i], data, d_seed=d_seed, d_model=d_model, **STARTS[name])
+                how = STARTS[name] | (dict(scale=float(scale)) if scale else {})
+                addresses.write(flags[i], data, d_seed=d_seed, d_model=d_model, **how)
     return flags
 
 

@@ -114,6 +114,10 @@ def test_what_a_start_holds(tiny_data):
     frequent = addresses.start(tiny_data, addresses="frequency", noise=True, d_seed=16)
     assert frequent["embed_tokens.codebooks"].shape == (3, 7, 16)
     assert frequent["embed_tokens.codebooks"].std().item() == pytest.approx(0.02, rel=0.1)
+    for how in (dict(noise=True), dict(), dict(model="dense-untied", d_model=32)):
+        own, larger = (next(x for x in addresses.start(tiny_data, d_seed=16, scale=scale, **how).values()
+                            if x.is_floating_point()) for scale in (0.02, 0.5))
+        torch.testing.assert_close(own * 25, larger)
     assert (np.diff(read_counts(tiny_data)[frequent["embed_tokens.addresses"].argsort()]) <= 0).all()
     shuffled = addresses.start(tiny_data, addresses="shuffled", d_seed=16)["embed_tokens.addresses"]
     assert sorted(shuffled.tolist()) == list(range(300)) != shuffled.tolist()

@@ -112,5 +112,8 @@ def test_with_train_itself(tiny_data, tmp_path, monkeypatch):
     trained = campaign.load(tmp_path / "runs/leviathan-start-learned.seed-0").embed_tokens
     assert torch.equal(trained.addresses, start["embed_tokens.addresses"])
     assert (tmp_path / "one.png").stat().st_size > 10_000
-    flags = campaign.ready(f"--preset micro --data {tiny_data} --start {{table}}".split(), tmp_path)
-    assert torch.load(flags[-1])["embed_tokens.weight"].shape == (300, 256)
+    own, larger = (campaign.ready(f"--preset micro --data {tiny_data} --start {start}".split(), tmp_path)[-1]
+                   for start in ("{table}", "{table@0.5}"))
+    own, larger = (torch.load(path)["embed_tokens.weight"] for path in (own, larger))
+    assert own.shape == (300, 256)
+    torch.testing.assert_close(own * 25, larger)
