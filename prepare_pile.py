@@ -525,7 +525,8 @@ def read_meta(folder) -> dict:
     """meta.json of a prepared folder, checked. Raises ValueError."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise ValueError(f"no prepared data in {folder} (no meta.json): prepare_pile.py --out {folder}")
+        raise ValueError(f"no prepared data in {folder} (no meta.json): name a folder that prepare_pile.py "
+                         "has written, or make one: prepare_pile.py --input FILE --out DIR")
     with naming(path):
         meta = unsealed(json.loads(path.read_text(encoding="utf-8")))
     if not meta["finished"]:

@@ -311,6 +311,7 @@ def run(held: ExitStack):
     settings, about = given, None
     if resume and checkpoints(out):         # else it was killed before its first: begin again
         about, model, moments = newest_whole(out, say)
+        say(f"resumed  after step {about['step']:,} of {out}")
         settings = about["config"] | about["training"]
         for name in given.keys() - MAY_CHANGE:
             if given[name] != settings.get(name):

@@ -229,7 +229,7 @@ def main():
     if out.exists():
         raise ValueError(f"{out} exists: name another --out")
     write(out, **args)
-    print(f"written: {out}, for train.py --model {args['model']} --start {out}")
+    print(f"written: {out}, for train.py --model {args['model']} --start {out} --out out/{out.stem}")
 
 
 if __name__ == "__main__":
