@@ -55,7 +55,7 @@ PRESETS = {     # shape, then recipe; warmup is a share of the steps. The first 
                   learning_rate=2e-3, tokens_per_step=32_768, steps=600, warmup=0.4),
     "60m":   dict(d_model=256, n_layers=6, seq_len=512, mode_width=64,      # 52 layers when isoparametric [P]
                   learning_rate=1e-3, tokens_per_step=262_144, steps=4_600, warmup=0.1),
-    "270m":  dict(d_model=768, n_layers=12, seq_len=512, mode_width=64,     # 28 layers when isoparametric [P]
+    "270m":  dict(d_model=768, n_layers=12, seq_len=512, mode_width=64,     # 28 layers, of V = 200,376 [P]
                   learning_rate=6e-4, tokens_per_step=262_144, steps=20_600, warmup=0.05),
     "410m":  dict(d_model=1024, n_layers=12, seq_len=512, mode_width=64,
                   learning_rate=5e-4, tokens_per_step=262_144, steps=31_300, warmup=0.03),
