@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from leviathan import GENERATORS, Config, LanguageModel, TokenGenerator, linear_cross_entropy
+from leviathan import GENERATORS, Config, LanguageModel, TokenGenerator, linear_cross_entropy, softmax_
 from prepare_pile import documents, stdlib_files, written_whole
 from train import choose_device, compile_parts, multiplies_bfloat16
 
@@ -42,7 +42,8 @@ MODELS = {                                      # the first is what the others a
     "leviathan lev, width 64": dict(generator="lev", mode_width=64),
     "hf-llama": dict(model="dense-untied"),     # transformers' LlamaForCausalLM of the same shape
 }
-PIECES = [("plain generator", "generator", "compiled generator", "table"), ("plain head", "head")]
+PIECES = [("plain generator", "generator", "compiled generator", "table"),
+          ("plain head", "compiled plain head", "head", "compiled head")]
 PARTS = ("embedding", "blocks", "head", "AdamW")        # where the time of a training step goes
 TURN_SECONDS = 0.5                              # a turn is as many steps as begin in this time, at least one
 CUDA = torch.cuda.is_available()
@@ -151,10 +152,12 @@ def training_step(contestant, config: Config, windows, dtype: str, compiled: boo
     else:
         model = LanguageModel(c)
     inner = model.to(device).model if hf else model.to(device)
-    if compiled:
-        compile_parts(inner.embed_tokens)
+    if compiled and hf:                                 # as much of it as of ours
         for layer in inner.layers:
             layer.compile()
+        model.loss_function = torch.compile(model.loss_function)
+    elif compiled:
+        compile_parts(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids, targets = (half.contiguous().to(device) for half in (windows[:, :-1], windows[:, 1:]))
 
@@ -203,17 +206,18 @@ def piece(contestant, config: Config, windows, dtype: str, kind: str):
         cls = PlainGenerator if kind == "plain generator" else GENERATORS[c.generator]
         module = cls(c.vocab_size, c.d_model, mode_width=c.mode_width)
     module.to(device)
-    if kind == "compiled generator":
+    forward = {"plain head": lambda: F.cross_entropy(module(hidden).float(), targets),
+               "head": lambda: linear_cross_entropy(hidden, module.weight, targets, softmax)}.get(
+        kind.removeprefix("compiled "), lambda: module(ids).sum())
+    softmax = torch.compile(softmax_) if kind.startswith("compiled") else softmax_
+    if kind == "compiled plain head":
+        forward = torch.compile(forward)
+    elif kind == "compiled generator":
         compile_parts(module)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            if kind == "head":
-                y = linear_cross_entropy(hidden, module.weight, targets)
-            elif kind == "plain head":
-                y = F.cross_entropy(module(hidden).float(), targets)
-            else:
-                y = module(ids).sum()
+            y = forward()
         y.backward()
         module.zero_grad(set_to_none=True)
         hidden.grad = None

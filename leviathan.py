@@ -131,7 +131,7 @@ class TokenGenerator(nn.Module):
     addresses, a buffer: V different integers below b^k, whose digits count. The ids [P], or what is loaded.
     """
     N_KNOTS = 32
-    CPU, GPU = 2**22, 2**27                             # values of φ at once: 16 MB, that cache holds; 512 MB
+    CPU, GPU = 2**22, 2**29                             # values of φ at once: 16 MB, that cache holds; 2 GB
 
     def __init__(self, vocab_size: int, d_model: int, *, n_coords: int = 3, base: int | None = None,
                  d_seed: int = 128, n_knots: int | None = None, n_modes: int = 8, mode_width: int = 64,
@@ -284,6 +284,7 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Block(c) for layer in range(c.n_layers))
         self.norm = nn.RMSNorm(c.d_model, eps=1e-6)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.softmax = softmax_                                                 # which train.py may compile
         self.tie()
         initialise(self, seed)
 
@@ -301,7 +302,7 @@ class LanguageModel(nn.Module):
         if targets is None or changed:                                          # by LoRA, quantisation ...
             logits = head(x)
             return logits if targets is None else F.cross_entropy(logits.mT.float(), targets)
-        return linear_cross_entropy(x, head.weight, targets)
+        return linear_cross_entropy(x, head.weight, targets, self.softmax)
 
     def hidden(self, x, caches=None):
         """The decoder between embedding and head. `caches`: what each layer has seen before x. (B, T, D)"""
@@ -337,8 +338,8 @@ def initialise(module: nn.Module, seed: int) -> None:
         parameter                     standard deviation, around 0
         table, head, q k v gate up    0.02
         o_proj, down_proj             0.02 / sqrt(2 L): the residual stream's scale does not grow with depth
-        codebooks                     0.02, whose scale the LayerNorm removes
-        seed_proj                     1 / sqrt(d_seed)
+        codebooks, seed_proj          1: LayerNorm removes their scale, which sets their pace alone, since
+                                      Adam moves every number by about the rate. 0.02 is far too fast
         splines, which are S - 1      0.1, for products of log-standard-deviation 0.85 [R]
         mode_proj, residual_proj      so that embeddings start at 0.02, half of the variance from each;
                                       uncentred: 1 / sqrt(fan_in), Flax's default [R]
@@ -352,7 +353,7 @@ def initialise(module: nn.Module, seed: int) -> None:
     names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: the head's
     for p, name in names.items():
         leaf, flax = name.removesuffix(".weight").rpartition(".")[2], p.shape[-1] ** -0.5
-        std = dict(o_proj=deep, down_proj=deep, splines=0.1, seed_proj=flax, mode_proj=share * flax,
+        std = dict(o_proj=deep, down_proj=deep, splines=0.1, codebooks=1, seed_proj=1, mode_proj=share * flax,
                    residual_proj=share * flax / 0.21).get(leaf, 0.02)           # 0.21: the spread of ẑ
         if leaf in ("mode_proj", "residual_proj") and not generator.centred:
             std = flax
@@ -375,7 +376,15 @@ def isoparametric_depth(config: Config) -> int:
 
 # ---- the loss, whose logits are the largest thing in a training step [O] -------------------------------
 
-LOGITS_AT_ONCE = {"cpu": 200 * 2**20, "other": 2**29}     # bytes
+LOGITS_AT_ONCE = {"cpu": 200 * 2**20, "other": 2**30}     # bytes
+
+
+def softmax_(logits, targets):
+    """Rows of logits become their softmax. (n, V), (n, 1) -> the targets' log-probabilities (n, 1)"""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    own = log_p.gather(1, targets)
+    logits.copy_(log_p.exp_())
+    return own
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -385,26 +394,29 @@ class LinearCrossEntropy(torch.autograd.Function):
     Products are in autocast's dtype; softmax, loss and the weight's gradient are float32 at least.
     """
     @staticmethod
-    def forward(ctx, hidden, weight, targets):                                  # (N, D), (V, D), (N)
+    def forward(ctx, hidden, weight, targets, softmax):                         # (N, D), (V, D), (N)
         kind, V = hidden.device.type, len(weight)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        w, loss = weight.to(dtype), torch.zeros((), dtype=wide, device=hidden.device)
-        chunk = max(1, LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["other"]) // (V * w.element_size()))
-        block = 8 if kind == "cpu" else chunk                                   # rows that fit a CPU's cache
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
-        buffer = w.new_empty(min(chunk, len(hidden)), V)                        # once: memory is slow to come
+        wide, w = torch.promote_types(dtype, torch.float32), weight.to(dtype)
+        if kind != "cpu":                                                       # GPUs want rows of whole lines
+            w = F.pad(w, (0, 0, 0, -V % 64))
+        loss, chunk = w.new_zeros((), dtype=wide), LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["other"])
+        chunk = max(1, chunk // (V * w.element_size()))                         # in rows
+        block = 8 if kind == "cpu" else 512         # rows of softmax: they fit a CPU's cache, a GPU's memory
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(w, dtype=wide)
+        buffer = w.new_empty(min(chunk, len(hidden)), len(w))                   # once: memory is slow to come
         for start in range(0, len(hidden), chunk):
             x, target = hidden[start:start + chunk].to(dtype), targets[start:start + chunk].unsqueeze(1)
-            logits = torch.mm(x, w.T, out=buffer[:len(x)])                      # (chunk, V)
-            for rows, own in zip(logits.split(block), target.split(block)):
-                log_p = rows.to(wide).log_softmax(1)
-                loss -= log_p.gather(1, own).sum()
-                rows.copy_(log_p.exp_().scatter_add_(1, own, log_p.new_full(own.shape, -1)))
-            if any(ctx.needs_input_grad):       # where logits stood, their gradient stands now
+            logits = torch.mm(x, w.T, out=buffer[:len(x)])                      # (chunk, V), filled up
+            logits[:, V:] = -torch.inf
+            for rows, correct in zip(logits.split(block), target.split(block)):
+                log_p = softmax(rows, correct)
+                loss -= log_p.sum()
+                rows.scatter_(1, correct, log_p.expm1().to(dtype))      # p - 1: the gradient stands there now
+            if any(ctx.needs_input_grad):
                 grad_hidden[start:start + chunk] = logits @ w
                 grad_weight.addmm_(logits.T, x) if dtype == wide else grad_weight.add_(logits.T @ x)
-        ctx.grads = grad_hidden, grad_weight
+        ctx.grads = grad_hidden, grad_weight[:V]
         return loss / len(hidden)
 
     @staticmethod
@@ -412,15 +424,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ctx.grads is None or torch.is_grad_enabled():    # they are scaled in place, and have no graph
             raise RuntimeError("linear_cross_entropy goes backward once, and not with create_graph=True")
         grads, ctx.grads = ctx.grads, None
-        return *(grad.mul_((grad_loss / len(grads[0])).to(grad.dtype)) for grad in grads), None
+        return *(grad.mul_((grad_loss / len(grads[0])).to(grad.dtype)) for grad in grads), None, None
 
 
 @torch.compiler.disable      # there is nothing to fuse across it
-def linear_cross_entropy(hidden, weight, targets):
+def linear_cross_entropy(hidden, weight, targets, softmax=softmax_):
     """Mean of -log softmax(hidden @ weight.T)[target]. (..., D), (V, D), (...) -> scalar, float32 at least"""
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden states {tuple(hidden.shape)}")
-    return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+    return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), softmax)
 
 
 # ---- checkpoints, which train.py writes -----------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_every_parameter_starts_as_the_table_of_initialise_says(generator, centr
     model = LanguageModel(Config(vocab_size=500, seq_len=16, d_model=64, n_layers=3, d_seed=48, mode_width=8,
                                  generator=generator, centred=centred))
     deep, scale = 0.02 / 6**0.5, 0.02 if generator == "lev" else 0.02 * 0.5**0.5
-    expected = {"o_proj": deep, "down_proj": deep, "seed_proj": 48**-0.5, "splines": 0.1,
+    expected = {"o_proj": deep, "down_proj": deep, "codebooks": 1, "seed_proj": 1, "splines": 0.1,
                 "mode_proj": scale / 8, "residual_proj": scale / (0.21 * 48**0.5)}
     if not centred:
         expected |= {"mode_proj": 64**-0.5, "residual_proj": 48**-0.5}

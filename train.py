@@ -183,6 +183,8 @@ def build(config: Config, t: Training) -> LanguageModel:
         if t.isoparametric:
             config = replace(config, n_layers=isoparametric_depth(config))
         model = LanguageModel(config, seed=t.seed)
+        if strange := given.keys() - model.state_dict().keys():
+            raise ValueError(f"--model {config.model} has no {min(strange)}")
         model.load_state_dict(model.state_dict() | given)
         if (a := given.get("embed_tokens.addresses")) is not None:
             room = model.embed_tokens.base ** model.embed_tokens.n_coords
@@ -242,10 +244,12 @@ def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
 
 
 def compile_parts(module):
-    """torch.compile in place what repeats: one compilation serves all blocks, one all chunks of ids."""
+    """torch.compile in place what repeats: once for all blocks, once for all chunks of ids, or of logits."""
     for part in module.modules():
         if isinstance(part, (Block, Modes)):
             part.compile(dynamic=True if isinstance(part, Modes) else None)
+        elif isinstance(part, LanguageModel):
+            part.softmax = torch.compile(part.softmax)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -164,7 +164,7 @@ def summed(addresses, codebooks):
 # ---- the file ----------------------------------------------------------------------------------------------
 
 def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3, base=None, d_seed=128,
-          d_model=128, sample=10**8, seed=0, scale=0.02) -> dict:
+          d_model=128, sample=10**8, seed=0, scale=1.0) -> dict:
     """Part of a state dict, for a model of the prepared folder `data` to start from. Raises ValueError.
 
     leviathan: addresses, and codebooks from the vectors or of `noise`, whose shape tells the base.
@@ -223,7 +223,7 @@ def main():
             ("d-model", 128, "width of the table [128]"), ("sample", 10**8, "tokens to count [100 million]"),
             ("seed", 0, "of all that is drawn [0]")):
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
-    parser.add_argument("--scale", type=float, default=0.02, help="standard deviation at the start [0.02]")
+    parser.add_argument("--scale", type=float, default=1, help="standard deviation at the start [1]")
     args = vars(parser.parse_args())
     out = args.pop("out")
     if out.exists():

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 
 from lab import addresses, generators
-from leviathan import Config, load
-from prepare_pile import prepare_stdlib, read_meta, sole_writer, written_whole
+from leviathan import GENERATORS, Config, load
+from prepare_pile import prepare_stdlib, read_counts, read_meta, sole_writer, written_whole
 from train import PRESETS, Training
 
 ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # train.py, with more generators
-STARTS = {      # {name} or {name@scale} is a file that lab.addresses writes of the data, with these settings
+STARTS = {      # {name} or {name@scale} is a file that lab.addresses writes of the data with these settings,
+    #             {pace@x,y} one with codebooks of standard deviation x and W_seed of y
     "table": dict(model="dense-untied"), "learned": dict(), "noise": dict(noise=True),
     "id": dict(addresses="id", noise=True), "shuffled": dict(addresses="shuffled", noise=True),
     "frequency": dict(addresses="frequency", noise=True)}
@@ -50,6 +51,11 @@ EXPERIMENTS = {
     "width": THREE | {f"leviathan, mode width {r}": f"{OURS} --mode-width {r}" for r in (16, 64)},
     "rate": THREE | {f"{name}, {rate:g}": f"{flags} --learning-rate {rate:g}"
                      for name, flags in THREE.items() for rate in (2e-3, 6e-3, 8e-3)},
+    "pace": TWINS | CONTROL | {"leviathan": OURS, "lev": f"{OURS} --generator lev"} | {
+        f"{name}, {x} and {y}": f"{flags} --start {{pace@{x},{y}}}"
+        for name, flags in (("leviathan", OURS), ("lev", f"{OURS} --generator lev"))
+        for x, y in ((0.02, 0.09), (0.1, 0.09), (0.5, 0.09), (2, 0.09), (0.5, 0.27))} | {
+        f"control, {x}": f"--model dense-untied --start {{table@{x}}}" for x in (0.02, 0.1)},
     "warmup": THREE | {f"{name}, {steps}": f"{flags} --warmup-steps {steps}"
                        for name, flags in THREE.items() for steps in (60, 180)},
 }
@@ -69,10 +75,19 @@ def ready(flags: list[str], out: Path) -> list:
         if data == Training.data:
             prepare_stdlib(data)
         for i, flag in [(i, flag[1:-1]) for i, flag in enumerate(flags) if flag[:1] == "{"]:
-            which, (name, _, scale) = Path(data).name, flag.partition("@")
-            which += f"-{read_meta(data)['identity'][:8]}"
-            flags[i] = out / "starts" / f"{which}-{flag}-{d_seed}-{d_model}.pt"
-            if not flags[i].exists():
+            name, _, scale = flag.partition("@")
+            kind, which = given.get("--generator", Config.generator), read_meta(data)["identity"][:8]
+            flags[i] = out / "starts" / f"{Path(data).name}-{which}-{flag}-{kind}-{d_seed}-{d_model}.pt"
+            if flags[i].exists():
+                continue
+            if name == "pace":
+                x, y = map(float, scale.split(","))
+                flags[i].parent.mkdir(parents=True, exist_ok=True)
+                made = GENERATORS[kind](len(read_counts(data)), d_model, d_seed=d_seed)
+                with torch.no_grad(), written_whole(flags[i]) as path:
+                    torch.save({"embed_tokens.codebooks": x * made.codebooks,
+                                "embed_tokens.seed_proj.weight": y * made.seed_proj.weight}, path)
+            else:
                 how = STARTS[name] | (dict(scale=float(scale)) if scale else {})
                 addresses.write(flags[i], data, d_seed=d_seed, d_model=d_model, **how)
     return flags

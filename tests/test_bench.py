@@ -66,7 +66,8 @@ def test_bench(tmp_path):
 
 
 def test_pieces(monkeypatch, capsys, hurried):
-    monkeypatch.setattr(bench, "PIECES", [("plain generator", "generator", "table"), ("plain head", "head")])
+    monkeypatch.setattr(bench, "PIECES", [("plain generator", "generator", "table"),
+                                          ("plain head", "head", "compiled head")])
     monkeypatch.setattr(sys, "argv", ["bench.py", *TINY, "--device", "cpu", "--sections", "pieces"])
     bench.main()
     printed = capsys.readouterr().out

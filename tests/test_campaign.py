@@ -108,7 +108,7 @@ def test_with_train_itself(tiny_data, tmp_path, monkeypatch):
     assert head["config"]["base"] == 256 and head["parameters"]["embedding"] > 3 * 256 * 8
     assert [line["step"] for line in log if "val_loss" in line] == [2, 4]
     identity = campaign.read_meta(tiny_data)["identity"]
-    start = torch.load(tmp_path / f"starts/shards-{identity[:8]}-learned-8-32.pt", weights_only=True)
+    start = torch.load(tmp_path / f"starts/shards-{identity[:8]}-learned-v1-8-32.pt", weights_only=True)
     trained = campaign.load(tmp_path / "runs/leviathan-start-learned.seed-0").embed_tokens
     assert torch.equal(trained.addresses, start["embed_tokens.addresses"])
     assert (tmp_path / "one.png").stat().st_size > 10_000

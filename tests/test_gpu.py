@@ -14,7 +14,7 @@ from train import compile_parts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MODELS = [dict(model="dense"), dict(model="dense-untied"), dict(), dict(centred=False), dict(generator="lev")]
-SHAPE = dict(vocab_size=40_000, seq_len=64, d_model=64, n_layers=2, d_seed=32, mode_width=4)
+SHAPE = dict(vocab_size=40_001, seq_len=64, d_model=64, n_layers=2, d_seed=32, mode_width=4)
 FLOAT32, AUTOCAST, COMPILED = dict(dtype=torch.float32), dict(autocast=True), dict(compiled=True)
 
 
@@ -33,10 +33,10 @@ def gradients(settings: dict, device: str, dtype=torch.float64, autocast=False, 
 
 @pytest.mark.parametrize("settings", MODELS, ids=str)
 @pytest.mark.parametrize("how, within", [
-    (dict(), 1e-11), (COMPILED, 1e-6), (FLOAT32, 1e-3), (FLOAT32 | AUTOCAST, 0.05),
+    (dict(), 1e-6), (COMPILED, 1e-6), (FLOAT32, 1e-3), (FLOAT32 | AUTOCAST, 0.05),
     (FLOAT32 | AUTOCAST | COMPILED, 0.05)])
 def test_a_gpu_computes_what_a_cpu_does(settings, how, within):
-    """The error of each tensor, as a share of its norm."""
+    """The error of each tensor, as a share of its norm. (Rotary angles are float32, whatever the model is.)"""
     torch.compiler.reset()
     expected, found = gradients(settings, "cpu"), gradients(settings, "cuda", **how)
     errors = {name: ((found[name] - x).norm() / x.norm()).item() for name, x in expected.items()}
