@@ -164,14 +164,16 @@ def summed(addresses, codebooks):
 # ---- the file ----------------------------------------------------------------------------------------------
 
 def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3, base=None, d_seed=128,
-          d_model=128, sample=10**8, seed=0, scale=1.0) -> dict:
+          d_model=128, sample=10**8, seed=0, scale=None) -> dict:
     """Part of a state dict, for a model of the prepared folder `data` to start from. Raises ValueError.
 
     leviathan: addresses, and codebooks from the vectors or of `noise`, whose shape tells the base.
     dense-untied: a table, a random rotation of the vectors; tokens never seen start as noise.
-    scale: standard deviation of either. Codebooks of another compute the same, but for the LayerNorm's eps,
-    and learn at another pace: Adam's steps are of one size, whatever they are added to.
+    scale: standard deviation; 1 for codebooks, as `initialise` has it, 0.5 for a table, the best of four,
+    if left out. (Codebooks of another compute the same, but for the LayerNorm's eps, at another pace.)
     """
+    if scale is None:
+        scale = 0.5 if model == "dense-untied" else 1
     sizes = n_coords, d_seed, d_model, sample, seed + 1, 1 if base is None else base
     if min(sizes) < 1 or max(sizes) > 2**31 or not 0 < scale < 2**31:
         raise ValueError("numbers must be positive, the seed at least 0, and all below 2^31")
@@ -223,7 +225,7 @@ def main():
             ("d-model", 128, "width of the table [128]"), ("sample", 10**8, "tokens to count [100 million]"),
             ("seed", 0, "of all that is drawn [0]")):
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
-    parser.add_argument("--scale", type=float, default=1, help="standard deviation at the start [1]")
+    parser.add_argument("--scale", type=float, help="standard deviation at the start [1; of a table 0.5]")
     args = vars(parser.parse_args())
     out = args.pop("out")
     if out.exists():

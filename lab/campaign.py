@@ -55,7 +55,7 @@ EXPERIMENTS = {
         f"{name}, {x} and {y}": f"{flags} --start {{pace@{x},{y}}}"
         for name, flags in (("leviathan", OURS), ("lev", f"{OURS} --generator lev"))
         for x, y in ((0.02, 0.09), (0.1, 0.09), (0.5, 0.09), (2, 0.09), (0.5, 0.27))} | {
-        f"control, {x}": f"--model dense-untied --start {{table@{x}}}" for x in (0.02, 0.1)},
+        f"control, {x}": f"--model dense-untied --start {{table@{x}}}" for x in (0.02, 0.1, 1)},
     "warmup": THREE | {f"{name}, {steps}": f"{flags} --warmup-steps {steps}"
                        for name, flags in THREE.items() for steps in (60, 180)},
 }

@@ -129,7 +129,7 @@ def test_what_a_start_holds(tiny_data):
     seen = vectors.any(1)
     torch.testing.assert_close(table[seen] @ table[seen].T / table[seen].square().sum(1).mean(),
                                vectors[seen] @ vectors[seen].T, rtol=1e-4, atol=1e-5)
-    assert table[seen].std().item() == pytest.approx(1, rel=0.05) and table[~seen].any(1).all()
+    assert table[seen].std().item() == pytest.approx(0.5, rel=0.05) and table[~seen].any(1).all()
 
 
 def test_from_data_to_a_trained_model(tiny_data, tmp_path, monkeypatch):

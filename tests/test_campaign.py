@@ -112,8 +112,13 @@ def test_with_train_itself(tiny_data, tmp_path, monkeypatch):
     trained = campaign.load(tmp_path / "runs/leviathan-start-learned.seed-0").embed_tokens
     assert torch.equal(trained.addresses, start["embed_tokens.addresses"])
     assert (tmp_path / "one.png").stat().st_size > 10_000
-    own, larger = (campaign.ready(f"--preset micro --data {tiny_data} --start {start}".split(), tmp_path)[-1]
-                   for start in ("{table}", "{table@0.5}"))
-    own, larger = (torch.load(path)["embed_tokens.weight"] for path in (own, larger))
+    own, smaller = (campaign.ready(f"--preset micro --data {tiny_data} --start {start}".split(), tmp_path)[-1]
+                   for start in ("{table}", "{table@0.25}"))
+    own, smaller = (torch.load(path)["embed_tokens.weight"] for path in (own, smaller))
     assert own.shape == (300, 256)
-    torch.testing.assert_close(own * 25, larger)
+    torch.testing.assert_close(own * 0.5, smaller)
+    for kind, rows in ("v1", 16), ("lev", 8 * 16):
+        paced = torch.load(campaign.ready(f"--generator {kind} --d-seed 16 --d-model 8 --data {tiny_data} "
+                                          "--start {pace@0.5,0.2}".split(), tmp_path)[-1])
+        assert paced["embed_tokens.seed_proj.weight"].shape == (rows, 16)
+        assert [x.std().item() for x in paced.values()] == pytest.approx([0.5, 0.2], rel=0.15)
