@@ -16,7 +16,7 @@ Marks: [P] the paper says so, [R] reconstructed from its numbers or from later c
     V  vocab_size  size of the vocabulary        κ  n_knots     knots of a spline
     D  d_model     width of the model            M  n_modes     products of curves ("h" in v2)
     k  n_coords    digits of an address          r  mode_width  numbers side by side in each product
-    b  base        smallest with b^k >= V        C              columns: M r
+    b  base        smallest with b^k >= V        C  codebooks   k of b rows; S: the splines' coefficients
        d_seed      dimensions of z and ẑ         N, U           ids of any shape; the distinct among them
     H  n_heads     attention heads               B, T           sequences; positions in each
 """
@@ -104,7 +104,7 @@ def product_tree(factors):
 
 
 class Modes(nn.Module):
-    """Π_d φ_d(x_d), a learned curve φ_d = Σ_n B_n S_dn for each dimension [P]. (U, d_seed) -> (U, C)
+    """Π_d φ_d(x_d), a learned curve φ_d = Σ_n B_n S_dn for each dimension [P]. (U, d_seed) -> (U, columns)
 
     `splines` holds S - 1 [O]: so 0 is neutral, and bfloat16, whose steps near 1 are 1/128, can train it.
     Factors are float32 at least: 128 err by 2 % else.
@@ -116,7 +116,7 @@ class Modes(nn.Module):
     def forward(self, x):
         wide = torch.promote_types(x.dtype, torch.float32)
         basis = spline_basis(x.T.to(wide), self.splines.shape[1])               # (d_seed, U, κ)
-        curves = basis @ (self.splines.to(wide) + 1)                            # (d_seed, U, C)
+        curves = basis @ (self.splines.to(wide) + 1)                            # (d_seed, U, columns)
         return product_tree(curves).to(x.dtype)
 
 
@@ -260,10 +260,10 @@ class Block(nn.Module):
         start = cache.length if cache else 0
         q, k = rotate(q, start), rotate(k, start)
         if cache:
-            k, v = cache.append(k, v)                                           # S positions, S >= T
-        T, S = q.shape[2], k.shape[2]
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S)
+            k, v = cache.append(k, v)                                           # of all positions so far
+        T, P = q.shape[2], k.shape[2]
+        mask = torch.ones(T, P, dtype=torch.bool, device=x.device).tril(P - T) if 1 < T < P else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == P)
         x = x + attn["o_proj"](y.transpose(1, 2).flatten(2))
         h = self.post_attention_layernorm(x)
         return x + mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
@@ -398,7 +398,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         kind, V = hidden.device.type, len(weight)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         wide, w = torch.promote_types(dtype, torch.float32), weight.to(dtype)
-        if kind != "cpu":                                                       # GPUs want rows of whole lines
+        if kind != "cpu":                                   # a GPU wants rows of whole lines of memory
             w = F.pad(w, (0, 0, 0, -V % 64))
         loss, chunk = w.new_zeros((), dtype=wide), LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["other"])
         chunk = max(1, chunk // (V * w.element_size()))                         # in rows

@@ -36,7 +36,7 @@ def gradients(settings: dict, device: str, dtype=torch.float64, autocast=False, 
     (dict(), 1e-6), (COMPILED, 1e-6), (FLOAT32, 1e-3), (FLOAT32 | AUTOCAST, 0.05),
     (FLOAT32 | AUTOCAST | COMPILED, 0.05)])
 def test_a_gpu_computes_what_a_cpu_does(settings, how, within):
-    """The error of each tensor, as a share of its norm. (Rotary angles are float32, whatever the model is.)"""
+    """The error of each tensor, as a share of its norm. (Rotary angles are always float32.)"""
     torch.compiler.reset()
     expected, found = gradients(settings, "cpu"), gradients(settings, "cuda", **how)
     errors = {name: ((found[name] - x).norm() / x.norm()).item() for name, x in expected.items()}
