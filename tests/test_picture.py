@@ -20,8 +20,9 @@ def data(tmp_path_factory):
     """This project's method, in tokens some of which are words."""
     folder = tmp_path_factory.mktemp("words")
     parts = Path(leviathan.__file__).read_text(encoding="utf-8").split("\n\n")
-    (folder / "code.jsonl").write_text("\n".join(json.dumps(dict(text=part)) for part in parts))
-    prepare([folder / "code.jsonl"], folder / "data", vocab_size=1_000)
+    for name, own in ("val.jsonl", parts[:3]), ("train.jsonl", parts[3:]):
+        (folder / name).write_text("\n".join(json.dumps(dict(text=part)) for part in own))
+    prepare([folder / "train.jsonl"], folder / "data", val_files=[folder / "val.jsonl"], vocab_size=1_000)
     return folder / "data"
 
 
