@@ -167,10 +167,11 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
           d_model=128, sample=10**8, seed=0, scale=None) -> dict:
     """Part of a state dict, for a model of the prepared folder `data` to start from. Raises ValueError.
 
-    leviathan: addresses, and codebooks from the vectors or of `noise`, whose shape tells the base.
+    leviathan, lev: addresses, and codebooks from the vectors or of `noise`, whose shape tells the base. With
+    vectors leviathan has W_seed and W_res, two rotations that bring what they know into the embedding.
     dense-untied: a table, a random rotation of the vectors; tokens never seen start as noise.
-    scale: standard deviation; 1 for codebooks, as `initialise` has it, 0.5 for a table, the best of four,
-    if left out. (Codebooks of another compute the same, but for the LayerNorm's eps, at another pace.)
+    scale: standard deviation of those embeddings, or rows. 1 and 0.5 were the best: large enough that what
+    vectors know outlasts Adam's steps, which are of one size, whatever they are added to.
     """
     if scale is None:
         scale = 0.5 if model == "dense-untied" else 1
@@ -194,13 +195,19 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
     order = {"id": torch.arange(V), "shuffled": torch.randperm(V, generator=rng), "frequency": ranks(counts)}
     chosen = quantise(vectors, weight, base, n_coords, seed) if addresses == "learned" else order[addresses]
     if noise:
-        codebooks = scale * torch.randn(n_coords, base, d_seed, generator=rng)
+        codebooks = torch.randn(n_coords, base, d_seed, generator=rng)      # as `initialise` has them
     else:
         codebooks = centroids(vectors, weight, chosen, base, n_coords)
         lost = (vectors - summed(chosen, codebooks)).square().sum(1) @ counts.float() / counts.sum()
         print(f"{n_coords} x {base} codebook rows explain {1 - lost:.1%} of the text's token vectors")
-        codebooks *= scale / codebooks[0, codebooks[0].any(1)].square().mean().sqrt()
-    return {"embed_tokens.addresses": chosen, "embed_tokens.codebooks": codebooks}
+        codebooks /= codebooks[0, codebooks[0].any(1)].square().mean().sqrt()
+    found = {"addresses": chosen, "codebooks": codebooks}
+    if model == "leviathan" and not noise:
+        seed_proj, residual_proj = (torch.nn.init.orthogonal_(torch.empty(n, d_seed), generator=rng)
+                                    for n in (d_seed, d_model))
+        found["seed_proj.weight"] = seed_proj * d_seed**0.5             # 1, as `initialise` has it
+        found["residual_proj.weight"] = residual_proj * scale / 0.21    # what ẑ spreads by; exact for D <= d_seed
+    return {f"embed_tokens.{name}": x for name, x in found.items()}
 
 
 def write(path: Path, data, **settings):
@@ -215,23 +222,25 @@ def main():
     parser = argparse.ArgumentParser(description="Learn a start from prepared data.", allow_abbrev=False)
     parser.add_argument("data", type=Path, help="a folder that prepare_pile.py has written")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--for", dest="model", choices=("leviathan", "dense-untied"), default="leviathan")
+    parser.add_argument("--for", dest="model", choices=("leviathan", "lev", "dense-untied"),
+                        default="leviathan", help="a generator, v1 or lev, or the control: a table")
     parser.add_argument("--addresses", choices=("learned", "shuffled", "frequency", "id"), default="learned",
                         help="by use [O], at random, by frequency, or the id [P]; [%(default)s]")
     parser.add_argument("--noise", action="store_true", help="codebooks start as noise, not from the vectors")
     for name, default, about in (
             ("n-coords", 3, "digits of an address [3]"), ("d-seed", 128, "numbers in a vector [128]"),
             ("base", None, f"values of a digit [as few as go with noise or given addresses, else {BASE}]"),
-            ("d-model", 128, "width of the table [128]"), ("sample", 10**8, "tokens to count [100 million]"),
+            ("d-model", 128, "width of the model [128]"), ("sample", 10**8, "tokens to count [100 million]"),
             ("seed", 0, "of all that is drawn [0]")):
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
-    parser.add_argument("--scale", type=float, help="standard deviation at the start [1; of a table 0.5]")
+    parser.add_argument("--scale", type=float, help="of embeddings from vectors [1; of a table 0.5]")
     args = vars(parser.parse_args())
     out = args.pop("out")
     if out.exists():
         raise ValueError(f"{out} exists: name another --out")
     write(out, **args)
-    print(f"written: {out}, for train.py --model {args['model']} --start {out} --out out/{out.stem}")
+    which = "--generator lev" if args["model"] == "lev" else f"--model {args['model']}"
+    print(f"written: {out}, for train.py {which} --start {out} --out out/{out.stem}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ EXPERIMENTS = {
         f"{name}, {x} and {y}": f"{flags} --start {{pace@{x},{y}}}"
         for name, flags in (("leviathan", OURS), ("lev", f"{OURS} --generator lev"))
         for x, y in ((0.02, 0.09), (0.1, 0.09), (0.5, 0.09), (2, 0.09), (0.5, 0.27))} | {
-        f"control, {x}": f"--model dense-untied --start {{table@{x}}}" for x in (0.02, 0.1, 1)},
+        f"control, {x}": f"--model dense-untied --start {{table@{x}}}" for x in (0.02, 0.1, 1)} | {
+        f"leviathan, from vectors, {x}": f"{OURS} --start {{learned@{x}}}" for x in (0.1, 0.2, 0.5, 1)},
     "warmup": THREE | {f"{name}, {steps}": f"{flags} --warmup-steps {steps}"
                        for name, flags in THREE.items() for steps in (60, 180)},
 }
@@ -88,7 +89,8 @@ def ready(flags: list[str], out: Path) -> list:
                     torch.save({"embed_tokens.codebooks": x * made.codebooks,
                                 "embed_tokens.seed_proj.weight": y * made.seed_proj.weight}, path)
             else:
-                how = STARTS[name] | (dict(scale=float(scale)) if scale else {})
+                how = dict(model="lev" if kind == "lev" else "leviathan") | STARTS[name]
+                how |= dict(scale=float(scale)) if scale else {}
                 addresses.write(flags[i], data, d_seed=d_seed, d_model=d_model, **how)
     return flags
 

@@ -73,8 +73,9 @@ def main():
                                        seed=args.seed)
     embed.load_state_dict(embed.state_dict() | {k.removeprefix("embed_tokens."): x for k, x in given.items()})
     with torch.no_grad():                       # from the table's scale, which training has moved
+        larger = table.std() / embed.table().std()
         for proj in filter(None, (embed.mode_proj, embed.residual_proj)):
-            proj.weight *= table.std() / 0.02
+            proj.weight *= larger
     windows = Windows(data, "val", model.config.seq_len)
     frequency = torch.from_numpy(read_counts(data)).float()
     own = validation_loss(model, windows)

@@ -59,10 +59,10 @@ def models(d_model: int) -> dict[str, str]:
 
 
 def relatives(d_model: int) -> dict[str, dict[str, str]]:
-    """{one of the swept: what has its rate and warm-up, but for one thing}: what decides? And three attempts
+    """{one of the swept: what has its rate and warm-up, but for one thing}: what decides? And four attempts
     to win, each with the reason that was written down before."""
     D, known = d_model, models(d_model)
-    hasty = f" --start {{pace@0.02,{D**-0.5:.2g}}}"     # the start that results/ladder was made with
+    hasty = f" --start {{pace@0.02,{D**-0.5:.2g}}}"     # the start that results/ladder/hasty was made with
     return {
         "dense": {"dense, deepened": known["dense"] + " --isoparametric"},          # what tying saves buys it
         "v1, 1/5": {
@@ -83,7 +83,9 @@ def relatives(d_model: int) -> dict[str, dict[str, str]]:
             # 1. A sum is additive quantisation's own form: what the vectors know is in reach from the start.
             "additive, 1/5, from vectors": generator("additive", 1 / 5, D, vectors=True),
             # 2. As large as the control: if what is lacking is size, here it is not.
-            "v1, 1/1, from vectors": generator("v1", 1, D, vectors=True)},
+            "v1, 1/1, from vectors": generator("v1", 1, D, vectors=True),
+            # 4. Number 3 again, with embeddings that are the vectors from the first step on, as v1's can be.
+            "v1, 1/5, from vectors, deepened": known["v1, 1/5, from vectors"] + " --isoparametric"},
         # 3. The paper's own bargain, what the table saves spent on depth, with all that vectors know.
         "lev, 1/5, from vectors": {
             "lev, 1/5, from vectors, deepened": known["lev, 1/5, from vectors"] + " --isoparametric"}}

@@ -2,6 +2,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def run(monkeypatch, *args):
 
 
 def test_what_a_start_holds(tiny_data):
-    """The base of each kind; the scale of noise; rare tokens behind frequent ones; a table as the vectors."""
+    """The base of each kind; what scale changes; rare tokens behind frequent ones; a table as the vectors."""
     learned, again = (addresses.start(tiny_data, d_seed=16) for _ in range(2))
     assert all(torch.equal(learned[name], again[name]) for name in learned)
     codebooks = learned["embed_tokens.codebooks"]
@@ -114,10 +115,13 @@ def test_what_a_start_holds(tiny_data):
     frequent = addresses.start(tiny_data, addresses="frequency", noise=True, d_seed=16)
     assert frequent["embed_tokens.codebooks"].shape == (3, 7, 16)
     assert frequent["embed_tokens.codebooks"].std().item() == pytest.approx(1, rel=0.1)
-    for how in (dict(noise=True), dict(), dict(model="dense-untied", d_model=32)):
-        own, larger = (next(x for x in addresses.start(tiny_data, d_seed=16, scale=scale, **how).values()
-                            if x.is_floating_point()) for scale in (0.02, 0.5))
-        torch.testing.assert_close(own * 25, larger)
+    for how, parts in ((dict(noise=True), {}), (dict(model="lev"), {}), (dict(), {"residual_proj.weight"}),
+                       (dict(model="dense-untied"), {"weight"})):
+        own, larger = (addresses.start(tiny_data, d_seed=16, scale=scale, **how) for scale in (0.02, 0.5))
+        changed = {name for name, x in own.items() if not torch.equal(x, larger[name])}
+        assert changed == {f"embed_tokens.{part}" for part in parts}
+        torch.testing.assert_close({name: own[name] * 25 for name in changed},
+                                   {name: larger[name] for name in changed})
     assert (np.diff(read_counts(tiny_data)[frequent["embed_tokens.addresses"].argsort()]) <= 0).all()
     shuffled = addresses.start(tiny_data, addresses="shuffled", d_seed=16)["embed_tokens.addresses"]
     assert sorted(shuffled.tolist()) == list(range(300)) != shuffled.tolist()
@@ -134,18 +138,24 @@ def test_what_a_start_holds(tiny_data):
 
 def test_from_data_to_a_trained_model(tiny_data, tmp_path, monkeypatch):
     """Both kinds of file, as train.py takes them; its models keep the addresses."""
-    run(monkeypatch, tiny_data, "--d-seed", 16, "--out", tmp_path / "new/learned.pt")
+    path = tmp_path / "new/learned.pt"
+    run(monkeypatch, tiny_data, "--d-seed", 16, "--d-model", 32, "--out", path)
     run(monkeypatch, tiny_data, "--for", "dense-untied", "--d-model", 32, "--out", tmp_path / "new/table.pt")
     config = Config(model="dense-untied", vocab_size=300, d_model=32, n_layers=1)
     training = Training(data=str(tiny_data), start=str(tmp_path / "new/table.pt"))
     table = build(config, training).embed_tokens.weight
     assert torch.equal(table, torch.load(tmp_path / "new/table.pt", weights_only=True)["embed_tokens.weight"])
-    flags = ["--data", tiny_data, "--start", tmp_path / "new/learned.pt", "--out", tmp_path / "run"]
+    flags = ["--data", tiny_data, "--start", path, "--out", tmp_path / "run"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *TINY, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    start, trained = torch.load(tmp_path / "new/learned.pt", weights_only=True), load(tmp_path / "run")
+    start, trained = torch.load(path, weights_only=True), load(tmp_path / "run")
     assert trained.config.base == 256 and trained.config.d_seed == 16
-    assert torch.equal(trained.embed_tokens.addresses, start["embed_tokens.addresses"])
+    begun = build(replace(config, model="leviathan"), replace(training, start=str(path))).embed_tokens
+    with torch.no_grad():                       # where two tokens' seeds are alike, so are their embeddings
+        x = begun.seeds(torch.arange(300)), begun.table()
+        alike = [torch.corrcoef(rows).flatten() for rows in x]
+    assert torch.corrcoef(torch.stack(alike))[0, 1] > 0.9
+    assert 0.3 < x[1].std() < 1                 # large, as d_seed / D is 1/2 here
 
 
 def test_bad_input_is_one_clear_line(tiny_data, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_sizes_and_tokens(rung):
     assert title == f"D {D}, L {L}" and D * L == rung
     assert steps * ladder.TOKENS / sum(untied.values()) == pytest.approx(20, rel=2e-3)
     assert float(given(variants["dense"])["learning_rate"]) == pytest.approx(0.32 / D)
-    assert len(variants) == (len(ladder.NAMES) if rung == 64 else 14)
+    assert len(variants) == (len(ladder.NAMES) if rung == 64 else 15)
     for name, flags in variants.items():
         if "1/" not in name or "learned" in name:               # whose width is that from vectors
             continue
