@@ -107,7 +107,7 @@ class Modes(nn.Module):
     """Π_d φ_d(x_d), a learned curve φ_d = Σ_n B_n S_dn for each dimension [P]. (U, d_seed) -> (U, columns)
 
     `splines` holds S - 1 [O]: so 0 is neutral, and bfloat16, whose steps near 1 are 1/128, can train it.
-    Factors are float32 at least: 128 err by 2 % else.
+    Factors are float32 at least: the errors of 128 in bfloat16 would add up to 2 %.
     """
     def __init__(self, d_seed: int, n_knots: int, columns: int):
         super().__init__()
@@ -197,8 +197,8 @@ class TokenGenerator(nn.Module):
 
 
 class LevGenerator(TokenGenerator):
-    """LEV, the May version, as it differs: a W_seed, a LayerNorm and so a point for each mode [P]; half the
-    sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 quotes none]."""
+    """LEV, the May version, as a difference: each mode has a W_seed, a LayerNorm and so a point of its own [P];
+    half the sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 quotes none]."""
     N_KNOTS = 16
     CPU = 2**23                                         # more, as modes come one by one
 
