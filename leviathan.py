@@ -197,8 +197,8 @@ class TokenGenerator(nn.Module):
 
 
 class LevGenerator(TokenGenerator):
-    """LEV, the May version, as a difference: each mode has a W_seed, a LayerNorm and so a point of its own [P];
-    half the sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 quotes none]."""
+    """LEV, the May version, as a difference: each mode has a W_seed and a LayerNorm, so a point, of its own
+    [P]; half the sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 quotes none]."""
     N_KNOTS = 16
     CPU = 2**23                                         # more, as modes come one by one
 
