@@ -9,8 +9,8 @@ An ordinary model keeps a table with one row for each of its V tokens. Leviathan
     ẑ = σ(LN(W_seed z))                    a point in the unit cube: where the token lives    `coordinates`
     e = Σ_m W_m Π_d φ_md(ẑ_d) + W_res ẑ    products of learned curves: what is found there    `surface`
 
-`TokenGenerator.rows` is these three lines; all else in that class is efficiency. Behind the embedding comes
-Llama, with its parameters' names. `Config.model` chooses the dense twins, which differ in the embedding.
+`TokenGenerator.rows` is these three lines, `forward` the same, but fast. Behind the embedding comes Llama,
+with its parameters' names. `Config.model` chooses the dense twins, which differ in the embedding.
 
 Marks: [P] the paper says so, [R] reconstructed from its numbers or from later code, [O] our own choice.
     V  vocab_size  size of the vocabulary        κ  n_knots     knots of a spline
@@ -124,10 +124,10 @@ class TokenGenerator(nn.Module):
     """Computes token embeddings; stands wherever `nn.Embedding(vocab_size, d_model)` does. Settings: Config.
 
     The January version. Where the paper leaves a choice ours is [R]: the residual acts on ẑ (W_seed z would
-    fit too); "M modes summed and projected" is Σ_m W_m mode_m, as in v2; LayerNorm's eps is 1e-5, not 1e-6.
+    fit too); "M modes summed and projected" is Σ_m W_m mode_m, as in v2; LayerNorm's eps is torch's, 1e-5.
 
-    centred [O]: modes start near 1 and points near 1/2, which makes all embeddings nearly parallel. So both
-    are subtracted, and embeddings start at a table's 0.02. Uncentred: the literal reading, at Flax's scale.
+    centred [O]: modes start around 1 and points around 1/2, which all embeddings share (cosines of 0.6; 0.2
+    without). So both are subtracted, and embeddings start at 0.02. Uncentred: as written, at Flax's scale.
     addresses, a buffer: V different integers below b^k, whose digits count. The ids [P], or what is loaded.
     """
     N_KNOTS = 32
@@ -177,7 +177,7 @@ class TokenGenerator(nn.Module):
     def forward(self, ids):
         """The same, fast [O]: each distinct id once, in chunks that backward computes again. (N) -> (N, D)
 
-        In float32 whatever the autocast. Raises TypeError unless ids are integers, IndexError beyond V. Under
+        Outside autocast. Raises TypeError unless ids are integers, IndexError beyond V. Under
         torch.func.functional_call take `rows`: the backward here reads the module's own parameters.
         """
         if ids.dtype == torch.bool or ids.is_floating_point():
@@ -198,7 +198,7 @@ class TokenGenerator(nn.Module):
 
 class LevGenerator(TokenGenerator):
     """LEV, the May version, as a difference: each mode has a W_seed and a LayerNorm, so a point, of its own
-    [P]; half the sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 quotes none]."""
+    [P]; half the sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 names none]."""
     N_KNOTS = 16
     CPU = 2**23                                         # more, as modes come one by one
 

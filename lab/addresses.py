@@ -11,7 +11,8 @@ that are used alike share digits:
            -> additive quantisation into k digits of b values, one token to an address
 
 In z = Σ_j C_j[i_j] a codebook row means the same whatever the other digits are, and so do the centroids of
-additive quantisation. Codebooks can start as these: then z is the best approximation of the token's vector.
+additive quantisation. Codebooks can start as these: then z points where the token's vector does. W_seed and
+W_res, which start orthogonal, bring it into the embedding, as large as a table of vectors wants to start.
 """
 import argparse
 import sys
@@ -168,10 +169,10 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
     """Part of a state dict, for a model of the prepared folder `data` to start from. Raises ValueError.
 
     leviathan, lev: addresses, and codebooks from the vectors or of `noise`, whose shape tells the base. With
-    vectors leviathan has W_seed and W_res, two rotations that bring what they know into the embedding.
-    dense-untied: a table, a random rotation of the vectors; tokens never seen start as noise.
-    scale: standard deviation of those embeddings, or rows. 1 and 0.5 were the best: large enough that what
-    vectors know outlasts Adam's steps, which are of one size, whatever they are added to.
+    vectors leviathan has an orthogonal W_seed and W_res too, which bring what they know into the embedding.
+    dense-untied: a table, a random rotation of the vectors; tokens without a neighbour start as noise.
+    scale: standard deviation of a table's rows, 0.5, or of leviathan's embeddings, 1, where D <= d_seed. So
+    large, what vectors know outlasts Adam's steps, which are of one size, whatever they are added to.
     """
     if scale is None:
         scale = 0.5 if model == "dense-untied" else 1
@@ -191,7 +192,7 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
         rows = vectors[seen] @ torch.nn.init.orthogonal_(torch.empty(d_seed, d_model), generator=rng)
         table[seen] = rows * scale / rows.square().mean().sqrt()
         return {"embed_tokens.weight": table}
-    weight = counts.float().sqrt() + 1e-3       # more than one in the vocabulary, less than one in the text
+    weight = counts.float().sqrt() + 1e-3       # between all tokens alike and all text alike
     order = {"id": torch.arange(V), "shuffled": torch.randperm(V, generator=rng), "frequency": ranks(counts)}
     chosen = quantise(vectors, weight, base, n_coords, seed) if addresses == "learned" else order[addresses]
     if noise:
@@ -200,13 +201,13 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
         codebooks = centroids(vectors, weight, chosen, base, n_coords)
         lost = (vectors - summed(chosen, codebooks)).square().sum(1) @ counts.float() / counts.sum()
         print(f"{n_coords} x {base} codebook rows explain {1 - lost:.1%} of the text's token vectors")
-        codebooks /= codebooks[0, codebooks[0].any(1)].square().mean().sqrt()
+        codebooks /= codebooks[0, codebooks[0].any(1)].square().mean().sqrt()       # the largest: to 1
     found = {"addresses": chosen, "codebooks": codebooks}
     if model == "leviathan" and not noise:
         seed_proj, residual_proj = (torch.nn.init.orthogonal_(torch.empty(n, d_seed), generator=rng)
                                     for n in (d_seed, d_model))
         found["seed_proj.weight"] = seed_proj * d_seed**0.5             # 1, as `initialise` has it
-        found["residual_proj.weight"] = residual_proj * scale / 0.21    # what ẑ spreads by; exact for D <= d_seed
+        found["residual_proj.weight"] = residual_proj * scale / 0.21    # what ẑ spreads by
     return {f"embed_tokens.{name}": x for name, x in found.items()}
 
 
