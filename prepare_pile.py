@@ -44,7 +44,7 @@ END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val")
 PART_TOKENS = 100_000_000       # of a split, in memory and in a shard; a longer document has its own
 HEADER = [20240801, 7]          # magic number and version, before the number of tokens
-BLOCK = 2**20                   # bytes or tokens read at once
+BLOCK = 2**20                   # tokens read at once
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -325,11 +325,8 @@ def sole_writer(folder: Path):
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Unfinished:
