@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What a GPU is asked: tests, speed, and a short training of the twins on the same tokens.
+# What a GPU is asked: tests, speed, and a short training of `60m` beside its twins and the control.
 #
 #   lab/gpu.sh OUT [DATA]       DATA: a folder that prepare_pile.py has written; data/stdlib if left out
 #
 # A call ends within nine minutes. What it had no time for, the same call does next time, where training goes
 # on from its checkpoint; what failed is tried again. STAGES="bench train" leaves the tests out. OUT holds a
-# log and JSON, six files; checkpoints are in RUNS. For a CPU: other flags in SHAPES, BENCH, TRAIN.
+# log, JSON and an archive; checkpoints are in RUNS. For a CPU: other flags in SHAPES, BENCH, TRAIN.
 set -uo pipefail
 out=$(realpath -m "${1:?name a folder for what comes out}") || exit 1
 data=$(realpath -m "${2:-data/stdlib}")
@@ -33,17 +33,14 @@ step() {        # stage, name, command ...
 
 all() {
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null || echo "no GPU"
-    step tests tests $python -m pytest test_leviathan.py tests/test_gpu.py tests/test_bench.py -p no:cacheprovider
+    step tests tests $python -m pytest test_leviathan.py tests/test_gpu.py tests/test_bench.py
     for shape in ${SHAPES:-256x6 1024x12}; do
         step bench "bench-$shape" $python bench.py --shape "$shape" --rounds 5 \
             --json "$out/bench-$shape.json" ${BENCH:-}
     done
-    for model in dense dense-untied leviathan; do
-        resume=$(compgen -G "$runs/$model/step-????????" > /dev/null && echo --resume)
-        step train "train-$model" $python train.py --model $model --data "$data" --out "$runs/$model" \
-            --preset 60m --steps 300 --warmup-steps 100 --tokens-per-step 65536 --eval-tokens 262144 \
-            ${TRAIN:-} $resume
-        cp "$runs/$model/log.jsonl" "$out/$model.jsonl" 2> /dev/null
-    done
+    step train 60m $python -m lab.campaign --experiments first-run --seeds 1 --out "$runs" \
+        --train "--data $data --preset 60m --tokens-per-step 32768 --steps 640 --warmup-steps 256 --learning-rate 3e-3 \
+        --eval-every 160 --eval-tokens 524288 ${TRAIN:-}"
+    tar czf "$out/60m.tar.gz" -C "$runs" --exclude='*.pt' --exclude=tokenizer.json . 2> /dev/null
 }
 all 2>&1 | tee -a "$out/log.txt"
