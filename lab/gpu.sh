@@ -39,8 +39,8 @@ all() {
             --json "$out/bench-$shape.json" ${BENCH:-}
     done
     step train 60m $python -m lab.campaign --experiments first-run --seeds 1 --out "$runs" \
-        --train "--data $data --preset 60m --tokens-per-step 32768 --steps 640 --warmup-steps 256 --learning-rate 3e-3 \
-        --eval-every 160 --eval-tokens 524288 ${TRAIN:-}"
+        --train "--data $data --preset 60m --tokens-per-step 32768 --steps 640 --warmup-steps 256 \
+        --learning-rate 3e-3 --eval-every 160 --eval-tokens 524288 ${TRAIN:-}"
     tar czf "$out/60m.tar.gz" -C "$runs" --exclude='*.pt' --exclude=tokenizer.json . 2> /dev/null
 }
 all 2>&1 | tee -a "$out/log.txt"
