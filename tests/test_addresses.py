@@ -150,6 +150,7 @@ def test_from_data_to_a_trained_model(tiny_data, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     start, trained = torch.load(path, weights_only=True), load(tmp_path / "run")
     assert trained.config.base == 256 and trained.config.d_seed == 16
+    assert torch.equal(trained.embed_tokens.addresses, start["embed_tokens.addresses"])
     begun = build(replace(config, model="leviathan"), replace(training, start=str(path))).embed_tokens
     with torch.no_grad():                       # where two tokens' seeds are alike, so are their embeddings
         x = begun.seeds(torch.arange(300)), begun.table()
