@@ -12,7 +12,7 @@ that are used alike share digits:
 
 In z = Σ_j C_j[i_j] a codebook row means the same whatever the other digits are, and so do the centroids of
 additive quantisation. Codebooks can start as these: then z points where the token's vector does. W_seed and
-W_res, which start orthogonal, bring it into the embedding, as large as a table of vectors wants to start.
+W_res, which start orthogonal, bring it into the embedding, large enough to last.
 """
 import argparse
 import sys

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # What a GPU is asked: tests, speed, and a short training of `60m` beside its twins and the control.
 #
-#   lab/gpu.sh OUT [DATA]       DATA: a folder that prepare_pile.py has written; data/stdlib if left out
+#   lab/gpu.sh OUT [DATA]       DATA: a folder that prepare_pile.py has written; train.py's own if left out
 #
 # A call ends within nine minutes. What it had no time for, the same call does next time, where training goes
 # on from its checkpoint; what failed is tried again. STAGES="bench train" leaves the tests out. OUT holds a
 # log, JSON and an archive; checkpoints are in RUNS. For a CPU: other flags in SHAPES, BENCH, TRAIN.
 set -uo pipefail
 out=$(realpath -m "${1:?name a folder for what comes out}") || exit 1
-data=$(realpath -m "${2:-data/stdlib}")
+data=${2:+"--data '$(realpath -m "$2")'"}
 mkdir -p "$out" && touch "$out/log.txt" && cd "$(dirname "$0")/.." || exit 1
 runs=${RUNS:-out/gpu} python=${PYTHON:-python3}
 
@@ -39,7 +39,7 @@ all() {
             --json "$out/bench-$shape.json" ${BENCH:-}
     done
     step train 60m $python -m lab.campaign --experiments first-run --seeds 1 --out "$runs" \
-        --train "--data $data --preset 60m --tokens-per-step 32768 --steps 640 --warmup-steps 256 \
+        --train "$data --preset 60m --tokens-per-step 32768 --steps 640 --warmup-steps 256 \
         --learning-rate 3e-3 --eval-every 160 --eval-tokens 524288 ${TRAIN:-}"
     tar czf "$out/60m.tar.gz" -C "$runs" --exclude='*.pt' --exclude=tokenizer.json . 2> /dev/null
 }
