@@ -376,15 +376,17 @@ def isoparametric_depth(config: Config) -> int:
 
 # ---- the loss, whose logits are the largest thing in a training step [O] -------------------------------
 
-LOGITS_AT_ONCE = {"cpu": 200 * 2**20, "other": 2**30}     # bytes
+LOGITS_AT_ONCE = {"cpu": 2**10, "other": 5 * 2**10}       # bytes for each id of the vocabulary
 
 
 def softmax_(logits, targets):
     """Rows of logits become their softmax. (n, V), (n, 1) -> the targets' log-probabilities (n, 1)"""
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-    own = log_p.gather(1, targets)
-    logits.copy_(log_p.exp_())
-    return own
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x -= x.amax(1, keepdim=True)                # in place, step by step: new memory is slow to come
+    own = x.gather(1, targets)
+    total = x.exp_().sum(1, keepdim=True)
+    logits.copy_(x.div_(total))
+    return own - total.log()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -400,19 +402,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         wide, w = torch.promote_types(dtype, torch.float32), weight.to(dtype)
         if kind != "cpu":                                   # a GPU wants rows of whole lines of memory
             w = F.pad(w, (0, 0, 0, -V % 64))
-        loss, chunk = w.new_zeros((), dtype=wide), LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["other"])
-        chunk = max(1, chunk // (V * w.element_size()))                         # in rows
-        block = 8 if kind == "cpu" else 512         # rows of softmax: they fit a CPU's cache, a GPU's memory
+        chunk = LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["other"]) // w.element_size()       # rows of logits
+        block = 8 if kind == "cpu" else 512         # of softmax: they fit a CPU's cache, a GPU's memory
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(w, dtype=wide)
-        buffer = w.new_empty(min(chunk, len(hidden)), len(w))                   # once: memory is slow to come
+        loss, buffer = w.new_zeros((), dtype=wide), w.new_empty(min(chunk, len(hidden)), len(w))
         for start in range(0, len(hidden), chunk):
             x, target = hidden[start:start + chunk].to(dtype), targets[start:start + chunk].unsqueeze(1)
             logits = torch.mm(x, w.T, out=buffer[:len(x)])                      # (chunk, V), filled up
             logits[:, V:] = -torch.inf
-            for rows, correct in zip(logits.split(block), target.split(block)):
-                log_p = softmax(rows, correct)
-                loss -= log_p.sum()
-                rows.scatter_(1, correct, log_p.expm1().to(dtype))      # p - 1: the gradient stands there now
+            log_p = torch.cat([softmax(*rows) for rows in zip(logits.split(block), target.split(block))])
+            loss -= log_p.sum()
+            each = torch.arange(len(x), device=x.device).unsqueeze(1)           # scatter_ would be slow
+            logits[each, target] = log_p.expm1().to(dtype)      # p - 1: the gradient of logits stands there
             if any(ctx.needs_input_grad):
                 grad_hidden[start:start + chunk] = logits @ w
                 grad_weight.addmm_(logits.T, x) if dtype == wide else grad_weight.add_(logits.T @ x)
@@ -432,6 +433,8 @@ def linear_cross_entropy(hidden, weight, targets, softmax=softmax_):
     """Mean of -log softmax(hidden @ weight.T)[target]. (..., D), (V, D), (...) -> scalar, float32 at least"""
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden states {tuple(hidden.shape)}")
+    if not torch.is_grad_enabled():         # else apply would take the weight's gradient for wanted
+        hidden, weight = hidden.detach(), weight.detach()
     return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), softmax)
 
 

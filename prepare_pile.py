@@ -79,7 +79,6 @@ def unsealed(content: dict) -> dict:
 
 # ---- Tokenizers: any of tiktoken's by name, or one trained here, whose tokens travel in JSON. --------------
 
-MOST_IDS = 2**24
 LONGEST_RUN = 100_000           # characters; tiktoken panics at a million spaces
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
            r"\s+(?!\S)|\s+")    # rustbpe's own, after GPT-4's
@@ -236,8 +235,7 @@ def parse(line: bytes) -> tuple[str, str]:
     document["text"].encode()       # raises for half a surrogate pair, which JSON may hold
     about = document.get("meta")
     domain = about.get("pile_set_name") if isinstance(about, dict) else None
-    domain = domain[:100] if isinstance(domain, str) else "(none)"
-    return document["text"], domain.encode(errors="replace").decode()
+    return document["text"], domain if isinstance(domain, str) else "(none)"
 
 
 def documents(path, format: str | None = None, skip_bad: bool = False, on_read=lambda n: None):
@@ -279,19 +277,6 @@ def documents(path, format: str | None = None, skip_bad: bool = False, on_read=l
 AHEAD = 2**23                   # characters for each thread, so that none waits while a part is written
 
 
-UNSUPPORTED = {getattr(errno, name, 0) for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK")}
-
-
-def flush(path: Path):
-    """To the disk, where the file system can: some of CIFS, FUSE and NFS cannot, and do without."""
-    with open(path, "rb+") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-
-
 @contextmanager
 def written_whole(path: Path):
     """A temporary path to write to. It takes the name `path` once it is whole and on the disk."""
@@ -299,7 +284,12 @@ def written_whole(path: Path):
     partial = path.with_name(f".{path.name}.tmp")
     try:
         yield partial
-        flush(partial)
+        with open(partial, "rb+") as file:
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:                # some of CIFS, FUSE and NFS cannot, and do without
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -314,10 +304,8 @@ def sole_writer(folder: Path):
         lock.acquire()
     except filelock.Timeout as error:
         raise ValueError(f"another run is writing {folder} just now: wait, or use another --out") from error
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        print(f"{folder} cannot be locked ({error.strerror}): let nothing else write there", file=sys.stderr)
+    except (OSError, NotImplementedError) as error:         # NFS without its lock daemon, for one
+        print(f"{folder} cannot be locked ({error}): let nothing else write there", file=sys.stderr)
     try:
         yield
     finally:
@@ -364,7 +352,6 @@ class Unfinished:
             return
         if 0 < len(self.tokens[split]) > PART_TOKENS - n:
             self.save(position)
-            print(f"{sum(self.meta[split]['tokens'] for split in SPLITS):,} tokens are written", flush=True)
         if domain not in domains:
             domains.append(domain)
         self.index[split].extend((len(self.tokens[split]), domains.index(domain)))
@@ -419,8 +406,8 @@ class Unfinished:
 
 def in_order(function, items, threads: int):
     """function(*item) of each, in order, by threads that are never far ahead."""
-    pool, ahead, waiting = ThreadPoolExecutor(threads), deque(), 0
-    try:
+    ahead, waiting = deque(), 0
+    with ThreadPoolExecutor(threads) as pool:
         for item in items:
             size = 2_000 + len(item[1] or "")       # of its text, and about what waiting takes
             ahead.append((size, pool.submit(function, *item)))
@@ -429,10 +416,8 @@ def in_order(function, items, threads: int):
                 size, future = ahead.popleft()
                 waiting -= size
                 yield future.result()
-        while ahead:
-            yield ahead.popleft()[1].result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for _, future in ahead:
+            yield future.result()
 
 
 def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(), holdout: int = 20,
@@ -443,10 +428,10 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
     Validation is `val_files`, or one document in `holdout`. encoding None: byte pairs, `vocab_size` of them,
     trained on the training documents. Raises ValueError, and OSError where a file or the disk refuses.
     """
-    limits = dict(holdout=(holdout, 2), threads=(threads, 1), vocab_size=(vocab_size, 257))
-    for name, (value, least) in limits.items():
-        if not least <= value <= MOST_IDS:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} to {MOST_IDS:,}")
+    for flag, (value, least) in {"holdout": (holdout, 2), "threads": (threads, 1),
+                                 "vocab-size": (vocab_size, 257)}.items():
+        if not least <= value <= 2**24:
+            raise ValueError(f"--{flag} {value}: it must be {least} to {2**24:,}")
     sources, folder = [*map(Path, val_files), *map(Path, files)], Path(out)
     for path in sources:
         next(documents(path, format, skip_bad=True), None)  # what cannot be read is refused before any work
@@ -607,7 +592,8 @@ class Windows:
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description=__doc__)
-    source, option = parser.add_mutually_exclusive_group(), parser.add_argument
+    option = parser.add_argument
+    source, tokens = (parser.add_mutually_exclusive_group() for _ in range(2))
     source.add_argument("--input", nargs="+", metavar="FILE",
                         help=f"files or folders ({' '.join(LINES + TEXT)}, plain, .gz or .zst)")
     source.add_argument("--pile", nargs="+", type=int, choices=range(30), metavar="N",
@@ -616,8 +602,8 @@ def main():
     option("--format", choices=("jsonl", "text"), help='lines of JSON with a "text", or one document a file')
     option("--val", nargs="+", default=[], metavar="FILE", help="for validation [the Pile's, or --holdout]")
     option("--holdout", type=int, default=20, metavar="N", help="or one document in N, by hash [%(default)s]")
-    option("--encoding", help="one of tiktoken's [o200k_base for the Pile, else one trained on the input]")
-    option("--vocab-size", type=int, metavar="N", help="of the encoding that is trained [32768]")
+    tokens.add_argument("--encoding", help="of tiktoken's [o200k_base for the Pile, else one trained here]")
+    tokens.add_argument("--vocab-size", type=int, metavar="N", help="of one that is trained here [32768]")
     option("--out", type=Path, metavar="DIR", help="[data/pile or data/stdlib]")
     option("--threads", type=int, default=THREADS, metavar="N", help="that tokenise [%(default)s]")
     option("--skip-bad", action="store_true", help="leave out lines that cannot be read, and count them")
@@ -626,20 +612,18 @@ def main():
         tokens = sum(verify(args.verify)[split]["tokens"] for split in SPLITS)
         print(f"{args.verify} is whole: {tokens:,} tokens")
         return
-    if args.vocab_size is not None and (args.encoding or args.pile):
-        raise ValueError("--vocab-size is for a vocabulary trained here: without --encoding and --pile")
     if args.input and not args.out:
         raise ValueError("--input needs --out: name a folder, such as data/mine")
-    val_files, name = find_files(args.val, args.format), args.encoding or args.pile and "o200k_base"
+    val_files, trained = find_files(args.val, args.format), args.vocab_size is not None
+    name = args.encoding or ("o200k_base" if args.pile and not trained else None)
     encoding = get_encoding(name) if name else None
     if args.pile:
         pile_val, *files = download_pile(args.pile)
         val_files = val_files or [pile_val]
     else:
         files = find_files(args.input, args.format) if args.input else stdlib_files()
-    vocab_size = 32_768 if args.vocab_size is None else args.vocab_size
     prepare(files, args.out or Path("data/pile" if args.pile else "data/stdlib"), encoding, val_files,
-            args.holdout, args.threads, args.skip_bad, vocab_size, args.format)
+            args.holdout, args.threads, args.skip_bad, args.vocab_size if trained else 32_768, args.format)
 
 
 if __name__ == "__main__":

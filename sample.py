@@ -19,11 +19,10 @@ from prepare_pile import END_OF_TEXT, encode, token_bytes, tokenizer_from_json
 
 def choose_device(wanted: str | None = None, local_rank: int = 0) -> torch.device:
     """cpu, cuda or mps; None: the best there is. Raises ValueError where there is none of that kind."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    wanted = wanted or next(name for name, there in available.items() if there)
-    if not available.get(wanted):
-        raise ValueError(f"--device {wanted}: there is none here; choose from "
-                         f"{', '.join(name for name, there in available.items() if there)}")
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    wanted = wanted or there[0]
+    if wanted not in there:
+        raise ValueError(f"--device {wanted}: there is none here; choose from {', '.join(there)}")
     if wanted == "cuda" and local_rank >= (n := torch.cuda.device_count()):
         raise ValueError(f"there are {n} GPUs here: lower --nproc_per_node to that")
     return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)

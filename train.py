@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -103,13 +103,13 @@ class Training:
         steps = recipe["steps"] if self.steps is None else self.steps
         usual = recipe | dict(warmup_steps=int(recipe["warmup"] * steps), eval_every=max(1, steps // 10),
                               save_every=max(1, steps // 10))
-        for field in fields(self):
-            if getattr(self, field.name) is None:
-                setattr(self, field.name, usual.get(field.name))
-            value, least = getattr(self, field.name), 0 if field.name in ZERO_OR_MORE else 1e-12
-            most = 1 if field.name in ("final_rate", "beta1", "beta2") else 2**63 - 1
+        for name, value in vars(self).items():
+            if value is None:
+                setattr(self, name, value := usual.get(name))
+            least = 0 if name in ZERO_OR_MORE else 1e-12
+            most = 1 if name in ("final_rate", "beta1", "beta2") else 2**63 - 1
             if type(value) in (int, float) and not least <= value <= most:
-                raise ValueError(f"--{field.name.replace('_', '-')} is {value}: it must be "
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be "
                                  f"{'at least 0' if least == 0 else 'above 0'} and at most {most:g}")
 
 
@@ -402,8 +402,8 @@ def run(held: ExitStack):
     @torch.compiler.set_stance("force_eager")
     def evaluate() -> float:
         loss = 0.0
-        for i in range(0, len(own), micro_batch):
-            batch = torch.from_numpy(np.stack([val_windows[n] for n in own[i:i + micro_batch]])).to(device)
+        for i in range(0, len(own), at_once := 4 * micro_batch):        # without gradients more fit
+            batch = torch.from_numpy(np.stack([val_windows[n] for n in own[i:i + at_once]])).to(device)
             with autocast:
                 loss += model(batch[:, :-1], batch[:, 1:]).item() * len(batch)
         return total(loss)[0] / n_eval
@@ -417,17 +417,13 @@ def run(held: ExitStack):
         if not resume:                      # now that all else is known to be right
             Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)      # what a link points to
             held.enter_context(sole_writer(out))
-            if log_path.exists():
-                raise ValueError(f"another run has written {out} meanwhile: name another folder with --out")
         for leftover in checkpoints(out, ".partial"):
             shutil.rmtree(leftover)
         for line in log_path.read_text(errors="replace").splitlines() if log_path.exists() else ():
-            try:
+            with suppress(ValueError, TypeError, KeyError):         # of a line that a crash cut
                 entry = json.loads(line)
                 if entry["step"] <= step and entry["tokens"] and entry["loss"]:
                     log.append(entry)
-            except (ValueError, TypeError, KeyError):
-                say(f"{log_path}: a damaged line is left out")
         with written_whole(log_path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in log))
 

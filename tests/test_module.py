@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import leviathan
 from leviathan import (
@@ -268,6 +269,16 @@ def test_derivatives_that_would_be_wrong_are_refused():
         loss.backward()
     with pytest.raises(RuntimeError):
         torch.func.grad(linear_cross_entropy)(hidden, weight, targets)
+
+
+def test_an_evaluation_takes_one_product():
+    """Those of the gradients are for training, though the weight is a parameter here too."""
+    hidden, weight, targets = torch.randn(6, 8), torch.randn(97, 8, requires_grad=True), torch.arange(6)
+    with FlopCounterMode(display=False) as training:
+        linear_cross_entropy(hidden, weight, targets)
+    with torch.no_grad(), FlopCounterMode(display=False) as evaluation:
+        linear_cross_entropy(hidden, weight, targets)
+    assert evaluation.get_total_flops() == 2 * 6 * 97 * 8 < training.get_total_flops()
 
 
 # ---- what comes from a file ----------------------------------------------------------------------------

@@ -481,7 +481,6 @@ def test_a_folder_without_permission(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--encoding", "gpt9"], "unknown encoding 'gpt9'"),
     (["--vocab-size", "0"], "--vocab-size 0: it must be"),
-    (["--vocab-size", "300", "--encoding", "gpt2"], "--vocab-size is for a vocabulary trained here"),
     (["--input", "a.jsonl"], "--input needs --out"),
     (["--input", "nowhere", "--out", "out"], "nowhere is no file"),
     (["--verify", "nowhere"], "no prepared data in nowhere")])
