@@ -428,10 +428,10 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
     Validation is `val_files`, or one document in `holdout`. encoding None: byte pairs, `vocab_size` of them,
     trained on the training documents. Raises ValueError, and OSError where a file or the disk refuses.
     """
-    for flag, (value, least) in {"holdout": (holdout, 2), "threads": (threads, 1),
-                                 "vocab-size": (vocab_size, 257)}.items():
+    limits = dict(holdout=(holdout, 2), threads=(threads, 1), vocab_size=(vocab_size, 257))
+    for name, (value, least) in limits.items():
         if not least <= value <= 2**24:
-            raise ValueError(f"--{flag} {value}: it must be {least} to {2**24:,}")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} to {2**24:,}")
     sources, folder = [*map(Path, val_files), *map(Path, files)], Path(out)
     for path in sources:
         next(documents(path, format, skip_bad=True), None)  # what cannot be read is refused before any work

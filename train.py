@@ -401,8 +401,8 @@ def run(held: ExitStack):
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")
     def evaluate() -> float:
-        loss = 0.0
-        for i in range(0, len(own), at_once := 4 * micro_batch):        # without gradients more fit
+        loss, at_once = 0.0, 4 * micro_batch            # without gradients more fit
+        for i in range(0, len(own), at_once):
             batch = torch.from_numpy(np.stack([val_windows[n] for n in own[i:i + at_once]])).to(device)
             with autocast:
                 loss += model(batch[:, :-1], batch[:, 1:]).item() * len(batch)
