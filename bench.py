@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from leviathan import GENERATORS, Config, LanguageModel, TokenGenerator, linear_cross_entropy, softmax_
-from prepare_pile import documents, stdlib_files, written_whole
+from prepare_pile import documents, quiet, stdlib_files
 from train import choose_device, compile_parts, multiplies_bfloat16
 
 MODELS = {                                      # the first is what the others are compared with
@@ -50,14 +50,11 @@ CUDA = torch.cuda.is_available()
 
 
 @functools.cache
-def hashed_words() -> torch.Tensor:
-    texts = (text for file in stdlib_files() for text, _ in documents(file, skip_bad=True))
-    return torch.tensor([zlib.crc32(word.encode()) for text in texts for word in re.findall(r"\w+", text)])
-
-
 def natural_windows(tokens: int, vocab_size: int, seq_len: int) -> torch.Tensor:
     """Ids and their targets, in windows from all over the text. -> (tokens / seq_len, seq_len + 1)"""
-    words, random = hashed_words(), torch.Generator().manual_seed(0)
+    texts = (text for file in stdlib_files() for text, _ in documents(file))
+    words = torch.tensor([zlib.crc32(word.encode()) for text in texts for word in re.findall(r"\w+", text)])
+    random = torch.Generator().manual_seed(0)
     if tokens < 1 or tokens % seq_len or seq_len >= len(words):
         raise ValueError(f"--tokens is {tokens}: it must be a multiple of {seq_len}, the length of a window")
     starts = torch.randint(len(words) - seq_len, (tokens // seq_len, 1), generator=random)
@@ -113,10 +110,10 @@ def contest(build, contestants: dict[str, dict], device: torch.device, rounds: i
     """Let {name: settings} take turns. -> a row for each that did not fail. Raises ValueError if all do."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])   # once; not us, who ask for CUDA, which survives no fork
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))      # at Ctrl-C
-    processes = {name: ProcessPoolExecutor(1, context, **quiet) for name in contestants}
+    deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))       # to Ctrl-C
+    processes = {name: ProcessPoolExecutor(1, context, **deaf) for name in contestants}
     turns = {name: [] for name in contestants}  # the first is a single step, which may compile
-    for _ in tqdm(range(1 + rounds), disable=None, leave=False):
+    for _ in tqdm(range(1 + rounds), disable=quiet(), leave=False):
         for name in list(turns):
             how = (TURN_SECONDS,) if turns[name] else (0, build, contestants[name], device)
             try:
@@ -264,12 +261,10 @@ def as_table(rows: list[dict]) -> str:
 
 def plot(panels: dict[str, list[dict]], path: Path, setting: str):
     """Where the time of a training step goes: a panel for each shape, a bar for each model."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    size = dict(figsize=(8, 1 + 0.4 * sum(map(len, panels.values()))), layout="constrained")
-    figure, axes = plt.subplots(len(panels), squeeze=False, **size)
-    for ax, (title, rows) in zip(axes[:, 0], panels.items()):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 1 + 0.4 * sum(map(len, panels.values()))), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for ax, (title, rows) in zip(axes, panels.items()):
         left = [0.0] * len(rows)
         for part in PARTS:
             drawn = ax.barh([r["name"] for r in rows], [r[part] for r in rows], left=left, label=part)
@@ -280,8 +275,7 @@ def plot(panels: dict[str, list[dict]], path: Path, setting: str):
         ax.invert_yaxis()
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(setting, fontsize=8)
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    figure.savefig(path, dpi=150)
 
 
 def main():
@@ -317,8 +311,7 @@ def main():
         if build is training_step:
             panels[title] = new
     if args.json:
-        with written_whole(args.json) as partial:
-            partial.write_text(json.dumps(dict(setting=setting, rows=rows), indent=1), encoding="utf-8")
+        args.json.write_text(json.dumps(dict(setting=setting, rows=rows), indent=1), encoding="utf-8")
     if args.plot:
         plot(panels, args.plot, setting)
 

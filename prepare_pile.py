@@ -54,14 +54,14 @@ def quiet() -> bool | None:
 
 
 @contextmanager
-def naming(what):
+def naming(what, cure="prepare it again"):
     """Whatever goes wrong within, as a ValueError that says with what."""
     try:
         yield
     except (PermissionError, MemoryError):              # which say what is wrong
         raise
     except Exception as error:
-        raise ValueError(f"{what} is missing, damaged or other data ({error}): prepare it again") from error
+        raise ValueError(f"{what} is missing, damaged or other data ({error}): {cure}") from error
 
 
 def sealed(content: dict) -> dict:
@@ -296,7 +296,7 @@ def written_whole(path: Path):
 
 
 @contextmanager
-def sole_writer(folder: Path):
+def locked(folder: Path):
     """Raises ValueError while another process writes to the folder. The file .lock stays; it does no harm."""
     import filelock  # here, since readers do without it
     lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -462,7 +462,7 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
         return position, split_of(position[0], text), b"".join([start, *parts]), len(text.encode()), domain
 
     Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)       # of a dangling link, its target
-    with sole_writer(folder):
+    with locked(folder):
         unfinished = Unfinished(folder, request)
         if not unfinished.meta:
             texts = (text for i, path in enumerate(sources) for text, _ in documents(path, format, skip_bad)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from leviathan import LanguageModel, load, newest_checkpoint
-from prepare_pile import END_OF_TEXT, encode, token_bytes, tokenizer_from_json
+from prepare_pile import END_OF_TEXT, encode, naming, token_bytes, tokenizer_from_json
 
 
 def choose_device(wanted: str | None = None, local_rank: int = 0) -> torch.device:
@@ -32,30 +32,25 @@ def read_checkpoint(path, device="cpu"):
     """-> model, tokenizer, folder of the training data. Raises ValueError."""
     folder = newest_checkpoint(path)
     model = load(folder, device).eval()
-    try:
+    with naming(f"{folder}: config.json or tokenizer.json", "take another checkpoint"):
         about, known = (json.loads((folder / name).read_text(encoding="utf-8"))
                         for name in ("config.json", "tokenizer.json"))
         tokenizer, data = tokenizer_from_json(known), Path(about["training"]["data"])
         if tokenizer.n_vocab != model.config.vocab_size:
             raise ValueError(f"{tokenizer.n_vocab:,} ids, but the model has {model.config.vocab_size:,}")
-    except Exception as error:
-        raise ValueError(f"{folder}: config.json or tokenizer.json is not train.py's ({error!r})") from error
     return model, tokenizer, data
 
 
 class KeyValues:
-    """Keys and values of one layer's positions so far, in memory taken once. Two of (B, H, seq_len, d)"""
-    def __init__(self, model: LanguageModel, batch: int):
-        c, weight = model.config, model.norm.weight         # of its dtype and device; the head may be LoRA's
-        self.k, self.v = weight.new_empty(2, batch, c.n_heads, c.seq_len, c.d_model // c.n_heads)
-        self.length = 0
+    """Keys and values of one layer's positions so far."""
+    length = 0
 
     def append(self, k, v):
         """Those of the next positions, (B, H, T, d). -> all so far, two of (B, H, S, d)"""
-        stop = self.length + k.shape[2]
-        self.k[:, :, self.length:stop], self.v[:, :, self.length:stop] = k, v
-        self.length = stop
-        return self.k[:, :, :stop], self.v[:, :, :stop]
+        if self.length:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k, self.v, self.length = k, v, k.shape[2]
+        return k, v
 
 
 def draw(logits, temperature: float, top_k: int, top_p: float, streams):
@@ -63,10 +58,9 @@ def draw(logits, temperature: float, top_k: int, top_p: float, streams):
 
     top_k: of the k likeliest only, 0 for all; top_p: of the fewest likeliest that have this probability.
     """
-    k = 1 if temperature == 0 else min(top_k or logits.shape[-1], logits.shape[-1])
-    values, candidates = logits.cpu().double().topk(k)                  # likeliest first
     if temperature == 0:
-        return candidates[:, 0]
+        return logits.cpu().argmax(-1)
+    values, candidates = logits.cpu().double().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     probabilities = ((values - values[:, :1]) / temperature).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities               # 0 for the likeliest, which stays
     probabilities = probabilities.masked_fill(before >= top_p, 0)
@@ -85,12 +79,10 @@ def generate(model: LanguageModel, ids, n_tokens: int, temperature: float = 1.0,
     T, device = model.config.seq_len, model.norm.weight.device
     streams = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
     ids = new = ids[-T:].to(device).expand(samples, -1)                 # (B, up to T)
-    caches = [KeyValues(model, samples) for _ in model.layers]
+    caches = [KeyValues() for _ in model.layers]
     for _ in range(n_tokens):
         if caches[0].length == T:
-            new = ids[:, -max(1, T // 2):]
-            for cache in caches:
-                cache.length = 0
+            new, caches = ids[:, -max(1, T // 2):], [KeyValues() for _ in model.layers]
         hidden = model.hidden(model.embed_tokens(new), caches)[:, -1]   # (B, D)
         token = draw(model.lm_head(hidden), temperature, top_k, top_p, streams)
         yield token

@@ -13,7 +13,6 @@ import inspect
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -24,7 +23,6 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType
 from typing import get_args
 
 import numpy as np
@@ -34,33 +32,23 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from leviathan import Block, Config, LanguageModel, Modes, isoparametric_depth, load, load_tensors
-from prepare_pile import (
-    Windows,
-    prepare_stdlib,
-    quiet,
-    read_meta,
-    sole_writer,
-    tokenizer_from_json,
-    written_whole,
-)
+from prepare_pile import Windows, locked, prepare_stdlib, quiet, read_meta, tokenizer_from_json, written_whole
 from sample import choose_device, stream_text
 
 # ---- settings ------------------------------------------------------------------------------------------
 
+PAPER = dict(seq_len=512, mode_width=64, tokens_per_step=262_144)
 PRESETS = {     # shape, then recipe; warmup is a share of the steps. The first two are [O]; below, D is [P],
     # depth [R], the recipe [O] but for 512 x 512 tokens a step [P] and 20 tokens a parameter [R, from v2].
     "nano":  dict(d_model=128, n_layers=4, seq_len=128, mode_width=32,
                   learning_rate=6e-3, tokens_per_step=4_096, steps=300, warmup=0.4),
     "micro": dict(d_model=256, n_layers=6, seq_len=256, mode_width=32,
                   learning_rate=2e-3, tokens_per_step=32_768, steps=600, warmup=0.4),
-    "60m":   dict(d_model=256, n_layers=6, seq_len=512, mode_width=64,      # 52 layers when isoparametric [P]
-                  learning_rate=1e-3, tokens_per_step=262_144, steps=4_600, warmup=0.1),
-    "270m":  dict(d_model=768, n_layers=12, seq_len=512, mode_width=64,     # 28 layers, of V = 200,376 [P]
-                  learning_rate=6e-4, tokens_per_step=262_144, steps=20_600, warmup=0.05),
-    "410m":  dict(d_model=1024, n_layers=12, seq_len=512, mode_width=64,
-                  learning_rate=5e-4, tokens_per_step=262_144, steps=31_300, warmup=0.03),
-    "1.2b":  dict(d_model=2048, n_layers=12, seq_len=512, mode_width=64,    # 24.1B tokens [P]
-                  learning_rate=3e-4, tokens_per_step=262_144, steps=92_000, warmup=0.01),
+    # When isoparametric 60m has 52 layers, 270m of V = 200,376 has 28; 1.2b sees 24.1B tokens [all P].
+    "60m":   PAPER | dict(d_model=256, n_layers=6, learning_rate=1e-3, steps=4_600, warmup=0.1),
+    "270m":  PAPER | dict(d_model=768, n_layers=12, learning_rate=6e-4, steps=20_600, warmup=0.05),
+    "410m":  PAPER | dict(d_model=1024, n_layers=12, learning_rate=5e-4, steps=31_300, warmup=0.03),
+    "1.2b":  PAPER | dict(d_model=2048, n_layers=12, learning_rate=3e-4, steps=92_000, warmup=0.01),
 }
 MAY_CHANGE = {"data", "out", "device", "dtype", "compile", "micro_batch",   # on --resume
               "eval_every", "eval_tokens", "save_every", "keep"}
@@ -129,7 +117,7 @@ def parse_arguments() -> dict:
         group = parser.add_argument_group(title)
         comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
         for field in fields(settings):
-            kind = next(t for t in get_args(field.type) or (field.type,) if t is not NoneType)
+            kind, *_ = get_args(field.type) or [field.type]         # int of int | None
             how = dict(type=kind, metavar="X")
             if kind is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
@@ -183,9 +171,8 @@ def build(config: Config, t: Training) -> LanguageModel:
         if t.isoparametric:
             config = replace(config, n_layers=isoparametric_depth(config))
         model = LanguageModel(config, seed=t.seed)
-        if strange := given.keys() - model.state_dict().keys():
+        if strange := model.load_state_dict(given, strict=False).unexpected_keys:
             raise ValueError(f"--model {config.model} has no {min(strange)}")
-        model.load_state_dict(model.state_dict() | given)
         if (a := given.get("embed_tokens.addresses")) is not None:
             room = model.embed_tokens.base ** model.embed_tokens.n_coords
             if a.is_floating_point() or len(a.unique()) < len(a) or not 0 <= a.min() <= a.max() < room:
@@ -194,19 +181,18 @@ def build(config: Config, t: Training) -> LanguageModel:
     except Exception as error:          # of whatever the file holds
         if not t.start:
             raise
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--start {t.start} does not fit the model: {reason}") from error
+        raise ValueError(f"--start {t.start} does not fit here: {' '.join(str(error).split())}") from error
 
 
-def checkpoints(out: Path, ending: str = "") -> list[Path]:
+def checkpoints(out: Path) -> list[Path]:
     """Those of a run, oldest first. Names must match exactly: a user's copies are none."""
-    return sorted(path for path in out.glob("step-" + 8 * "[0-9]" + ending) if path.is_dir())
+    return sorted(path for path in out.glob("step-" + 8 * "[0-9]") if path.is_dir())
 
 
 def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, keep: int):
     """Write `out/step-…` aside and rename it when whole; then delete all but the newest `keep`."""
-    folder = out / f"step-{step:08d}"
-    partial = folder.with_suffix(".partial")
+    folder, partial = out / f"step-{step:08d}", out / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)          # of a run that was killed as it saved
     try:
         partial.mkdir()
         for name, content in (("config.json", dict(step=step) | about), ("tokenizer.json", tokenizer)):
@@ -238,9 +224,8 @@ def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
         except (PermissionError, MemoryError):
             raise                           # it may be whole
         except Exception as error:          # of whatever a file holds
-            problem = error
             say(f"the checkpoint before {folder} is used, since that is damaged: {error}")
-    raise ValueError(f"nothing to resume: no checkpoint in {out} is whole ({problem})")
+    raise ValueError(f"nothing to resume: no checkpoint in {out} is whole")
 
 
 def compile_parts(module):
@@ -261,10 +246,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def plot_curves(log: list[dict], unigram: float, title: str, path: Path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     axes.plot(*zip(*((line["tokens"], line["loss"]) for line in log)), lw=0.8, alpha=0.6, label="training")
     scored = [(line["tokens"], line["val_loss"]) for line in log if "val_loss" in line]
     tokens, losses = zip(*scored or [(0, math.nan)])            # a log may have been lost
@@ -273,7 +257,6 @@ def plot_curves(log: list[dict], unigram: float, title: str, path: Path):
     axes.set(xlabel="training tokens", ylabel="loss, nats per token", title=title)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main():
@@ -291,27 +274,22 @@ def run(held: ExitStack):
         raise ValueError(f"RANK is {rank}, WORLD_SIZE {world}: unset them, or let torchrun set them")
     stop = False
 
-    def hang_up(*_):        # the terminal or the pipe is gone: finish the step and save, but say no more
-        nonlocal stop
-        stop = True
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-
     def say(text: str):
+        nonlocal stop
         try:
             if rank == 0:
                 tqdm.write(text)
                 sys.stdout.flush()
-        except OSError:         # of a closed pipe or terminal, a full disk
-            hang_up()
+        except OSError:         # the terminal or the pipe is gone: finish the step and save, but say no more
+            stop = True
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     out = Path(given.get("out") or f"out/{given.get('model', 'leviathan')}-{given.get('preset', 'nano')}")
     if resume and not out.is_dir():
         raise ValueError(f"nothing to resume: there is no {out}; name the run's folder with --out")
     if not resume and out.exists() and {*os.listdir(out)} - {".lock", "lost+found"}:
         raise ValueError(f"{out} is not empty: go on with --resume, or name another folder with --out")
-    if resume and rank == 0:
-        held.enter_context(sole_writer(out))
     settings, about = given, None
     if resume and checkpoints(out):         # else it was killed before its first: begin again
         about, model, moments = newest_whole(out, say)
@@ -353,10 +331,7 @@ def run(held: ExitStack):
     optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay), lr=t.learning_rate,
                                   betas=(t.beta1, t.beta2), fused=device.type != "mps")
     if about:
-        try:
-            optimizer.load_state_dict(moments)
-        except Exception as error:          # of whatever the file holds
-            raise ValueError(f"optimizer.pt in {out} is not of this model ({error!r})") from error
+        optimizer.load_state_dict(moments)
 
     # ---- layout: windows of a step -> ranks -> micro-batches -------------------------------------------
     train_windows, val_windows = (Windows(t.data, split, config.seq_len) for split in ("train", "val"))
@@ -376,7 +351,7 @@ def run(held: ExitStack):
     # ---- what was chosen -------------------------------------------------------------------------------
     sizes = model.parameters_by_part()
     size = f"{sum(sizes.values()) / 1e6:.2f} M parameters"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     say(f"model    {config.model}, {config.n_layers} layers of width {config.d_model} ({t.preset}): {size}, "
         + ", ".join(f"{n / 1e6:.2f} in its {part}" for part, n in sizes.items()))
     say(f"data     {t.data}: {meta['train']['tokens']:,} training tokens, {tokenizer.n_vocab:,} ids; "
@@ -389,8 +364,7 @@ def run(held: ExitStack):
     # ---- one evaluation, over windows that never change ------------------------------------------------
     def total(*values):
         """Sums over all ranks."""
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        values = torch.tensor(values, dtype=wide, device=device)
+        values = torch.tensor(values, dtype=torch.float64, device=device if world > 1 else "cpu")
         if world > 1:
             dist.all_reduce(values)
         return values.tolist()
@@ -413,12 +387,9 @@ def run(held: ExitStack):
     about = dict(config=asdict(config), data=meta["identity"], torch=torch.__version__,
                  training=asdict(t) | shape)        # the shape as given: --isoparametric deepens it
     log_path, log = out / "log.jsonl", []
-    if rank == 0:
-        if not resume:                      # now that all else is known to be right
-            Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)      # what a link points to
-            held.enter_context(sole_writer(out))
-        for leftover in checkpoints(out, ".partial"):
-            shutil.rmtree(leftover)
+    if rank == 0:                           # now that all else is known to be right
+        Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)          # what a link points to
+        held.enter_context(locked(out))
         for line in log_path.read_text(errors="replace").splitlines() if log_path.exists() else ():
             with suppress(ValueError, TypeError, KeyError):         # of a line that a crash cut
                 entry = json.loads(line)
@@ -427,29 +398,26 @@ def run(held: ExitStack):
         with written_whole(log_path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in log))
 
-    def finish_step(number, _):             # once: after this step; twice: at once
+    def finish_step(*_):                    # and then stop; Ctrl-C again stops at once
         nonlocal stop
         stop = True
-        signal.signal(number, signal.SIG_DFL)
-    for name, handler in (("SIGINT", finish_step), ("SIGTERM", finish_step), ("SIGHUP", hang_up)):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:  # of nohup
-            held.callback(signal.signal, number, signal.signal(number, handler))
+            held.callback(signal.signal, number, signal.signal(number, finish_step))
 
     def read(step: int):
         """This rank's windows of a step, whose order depends on nothing but its number."""
         positions = range(step * per_step + rank, (step + 1) * per_step, world)
-        windows = torch.from_numpy(window_stream(train_windows, positions, t.seed))
-        return windows.pin_memory() if device.type == "cuda" else windows
+        return torch.from_numpy(window_stream(train_windows, positions, t.seed))
 
-    model.train()
     bar = tqdm(initial=step, total=t.steps, unit="step", disable=rank > 0 or quiet())
     reader, started, stops = ThreadPoolExecutor(1), time.perf_counter(), False
     ahead = reader.submit(read, step)
     while step < t.steps and not stops:
-        windows, ahead = ahead.result(), reader.submit(read, step + 1)
+        windows, ahead = ahead.result().to(device), reader.submit(read, step + 1)
         loss, rate, parts = 0.0, learning_rate(step, t), windows.split(micro_batch)
         for i, batch in enumerate(parts):
-            batch = batch.to(device, non_blocking=True)
             with nullcontext() if world == 1 or i == len(parts) - 1 else wrapped.no_sync():
                 with autocast:              # forward alone: else the generator would go backward in bfloat16
                     part = wrapped(batch[:, :-1], batch[:, 1:]) * (len(batch) / per_step)
@@ -481,7 +449,6 @@ def run(held: ExitStack):
             if step % t.save_every == 0 or step == t.steps or stops:
                 save(out, step, model, optimizer, about, meta["tokenizer"], t.keep)
         started = time.perf_counter()
-    reader.shutdown()
     bar.close()
 
     # ---- what came out ---------------------------------------------------------------------------------
@@ -509,7 +476,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")
     except (RuntimeError, MemoryError) as error:        # of CUDA, of the CPU's allocator, of numpy
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if "memory" not in repr(error).lower():
             raise
-        sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}): lower --micro-batch, or take a "
-                 "smaller model")
+        sys.exit(f"train.py: out of memory ({error!r:.300}): lower --micro-batch, or take a smaller model")

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from lab import addresses, generators
-from leviathan import GENERATORS, Config, load
-from prepare_pile import prepare_stdlib, read_counts, read_meta, sole_writer, written_whole
+from leviathan import GENERATORS, Config, load, newest_checkpoint
+from prepare_pile import locked, prepare_stdlib, read_counts, read_meta, written_whole
 from train import PRESETS, Training
 
 ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # train.py, with more generators
@@ -110,7 +110,7 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
         if done.returncode:
             reason = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
             raise ValueError(f"the run {flags!r} of seed {seed} failed: {reason}")
-        checkpoint = max(folder.glob("step-*"))
+        checkpoint = newest_checkpoint(folder)
         about = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         if about["step"] < about["training"]["steps"]:  # Ctrl-C reaches it too
             raise ValueError(f"the run {flags!r} of seed {seed} was stopped: the same command goes on")
@@ -138,7 +138,7 @@ def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minu
         except ValueError as error:                     # of a rate too high, say: the others go on
             return print(f"lab.campaign: {error}", file=sys.stderr) or error
 
-    with sole_writer(out), ThreadPoolExecutor(jobs) as pool:
+    with locked(out), ThreadPoolExecutor(jobs) as pool:
         runs = dict(zip(keys, pool.map(attempt, keys)))
     failed = [key for key, found in runs.items() if isinstance(found, ValueError)]
     if failed and len(failed) == len(runs):

@@ -83,7 +83,7 @@ def test_a_run_that_fails_or_stops_is_one_clear_line(ran, tmp_path, tiny_data, m
     with pytest.raises(ValueError, match="'--model dense' of seed 0 was stopped: the same command goes on"):
         run(monkeypatch, *flags, f"--data {tiny_data} --stop")
     assert not list((tmp_path / "out/runs").glob("*.jsonl"))
-    with campaign.sole_writer(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
+    with campaign.locked(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
         run(monkeypatch, *flags, f"--data {tiny_data}")
     run(monkeypatch, *flags, f"--data {tiny_data}")             # goes on where they were stopped
     assert all(command[-3] == "--resume" for command in ran[-2:])

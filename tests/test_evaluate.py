@@ -153,6 +153,6 @@ def test_bad_input(tiny_data, data, saved, run, tmp_path):
         run(tmp_path, "--data", data, "--out", tmp_path / "out")
     about = tmp_path / "step-00000002/config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | dict(training=3)))
-    with pytest.raises(ValueError, match="step-00000002: config.json or tokenizer.json is not train.py's"):
+    with pytest.raises(ValueError, match="step-00000002: config.json or tokenizer.json is missing, damaged"):
         run(tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -24,12 +24,12 @@ from prepare_pile import (
     documents,
     find_files,
     get_encoding,
+    locked,
     prepare,
     read_counts,
     read_index,
     read_meta,
     sealed,
-    sole_writer,
     tokenizer_from_json,
     tokenizer_to_json,
     train_tokenizer,
@@ -400,7 +400,7 @@ def test_nothing_of_the_users_is_touched(tmp_path, encoding):
 def test_two_runs_into_one_folder(tmp_path, encoding):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     (tmp_path / "out").mkdir()
-    with sole_writer(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         with pytest.raises(ValueError, match="another run is writing .*out just now: wait"):
             prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding)
     prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding)

@@ -31,7 +31,7 @@ def test_the_cache_changes_nothing(twin):
     """In pieces of 5, 1, 4, 1 and 5 tokens, against one pass; then texts that outgrow the context of 16."""
     model, ids = LanguageModel(Config(**TINY | twin)).double(), torch.randint(97, (2, 16))
     model.lm_head.weight.mul_(6)                        # so that it has a preference
-    caches, parts = [KeyValues(model, 2) for _ in model.layers], ids.split([5, 1, 4, 1, 5], dim=1)
+    caches, parts = [KeyValues() for _ in model.layers], ids.split([5, 1, 4, 1, 5], dim=1)
     logits = [model.lm_head(model.hidden(model.embed_tokens(new), caches)) for new in parts]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids), rtol=1e-9, atol=1e-12)
     for prompt in (torch.randint(97, (n,)) for n in (1, 7, 16, 30)):
@@ -100,7 +100,7 @@ def test_from_a_checkpoint_to_text(monkeypatch, saved, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     ("--tokens 0", "--tokens 0: give 1"), ("--temperature nan", "nan: give"), ("--top-p 0", "0.0: give"),
     ("--seed -1", "--seed -1: give 0"), ("--device tpu", "--device tpu: there is none here"),
-    ("97", "300 ids, .* 97"), ("other", "tokenizer.json is not"), ("empty", "tokenizer.json is not")])
+    ("97", "300 ids, .* 97"), ("other", "tokenizer.json is missing"), ("empty", "tokenizer.json is missing")])
 def test_what_cannot_be_is_one_line(monkeypatch, saved, tmp_path, flags, message):
     """The last three: tokenizer.json is not of this model of 97 ids, or no tokenizer, or empty."""
     saved(Config(**TINY | dict(vocab_size=97 if flags == "97" else 300)), tmp_path)

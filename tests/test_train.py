@@ -163,7 +163,7 @@ def test_where_no_checkpoint_is_whole(copy, tiny_data, whole):
         run(copy, tiny_data, *EIGHT, "--resume")
     assert sorted(copy.rglob("*")) == before
     shutil.rmtree(copy / "step-00000008")
-    (copy / "step-00000004").rename(copy / "step-00000004.partial")
+    (copy / "step-00000004").rename(copy / ".partial")
     assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
     assert sorted(os.listdir(copy)) == sorted(os.listdir(whole))
 
@@ -212,7 +212,7 @@ def test_two_runs_in_one_folder_are_refused(tiny_data, whole):
     with during(5, others):
         assert run("run", tiny_data, *EIGHT) == result(whole)
     os.mkdir("new")                                                     # and where no log is begun yet
-    with train.sole_writer(Path("new")), pytest.raises(ValueError, match="another run is writing new"):
+    with train.locked(Path("new")), pytest.raises(ValueError, match="another run is writing new"):
         run("new", tiny_data, *EIGHT)
 
 
