@@ -44,7 +44,6 @@ END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val")
 PART_TOKENS = 100_000_000       # of a split, in memory and in a shard; a longer document has its own
 HEADER = [20240801, 7]          # magic number and version, before the number of tokens
-BLOCK = 2**20                   # tokens read at once
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -68,13 +67,6 @@ def sealed(content: dict) -> dict:
     """The content with a SHA-256 of its own, for JSON that travels."""
     content = {key: value for key, value in content.items() if key != "sha256"}
     return content | dict(sha256=hashlib.sha256(json.dumps(content).encode()).hexdigest())
-
-
-def unsealed(content: dict) -> dict:
-    """Raises an error unless it is what `sealed` returned."""
-    if content != sealed(content):
-        raise ValueError("its SHA-256 differs")
-    return content
 
 
 # ---- Tokenizers: any of tiktoken's by name, or one trained here, whose tokens travel in JSON. --------------
@@ -126,7 +118,8 @@ def tokenizer_from_json(known: dict) -> tiktoken.Encoding:
     """The encoding that tokenizer_to_json described. Raises ValueError if it is not the same any more."""
     encoding = None if "tokens" in known else get_encoding(known.get("name"))
     with naming("the tokenizer's description"):
-        unsealed(known)
+        if known != sealed(known):
+            raise ValueError("its SHA-256 differs")
         if not encoding:
             if known["pattern"] != PATTERN:         # one that is made to, can take for ever
                 raise ValueError("an unknown pattern")
@@ -323,11 +316,9 @@ class Unfinished:
         self.folder, self.file, self.meta = folder, folder / "meta.json", None
         self.tokens, self.index = ({split: array("I") for split in SPLITS} for _ in range(2))
         if self.file.exists():
-            with naming(self.file):
-                meta = unsealed(json.loads(self.file.read_text(encoding="utf-8")))
-                changed = [key for key in request if request[key] != meta["request"][key]]
-                begun = meta["position"] != [0, 0]      # else nobody's work is lost by another command
-            if changed and begun:
+            meta = read_meta(folder, finished=False)
+            changed = [key for key in request if request[key] != meta["request"][key]]
+            if changed and meta["position"] != [0, 0]:      # else nobody's work is lost by another command
                 raise ValueError(f"{folder} was begun by another command or from other files ({changed[0]} "
                                  "differ): repeat that, remove the folder, or choose another --out")
             self.meta = None if changed else meta
@@ -392,9 +383,8 @@ class Unfinished:
         train, val = counts = np.zeros((2, self.meta["tokenizer"]["vocab_size"]), dtype=np.int64)
         for own, split in zip(counts, SPLITS):
             for shard in self.meta[split]["shards"]:
-                tokens = open_shard(self.folder, shard)
-                for i in range(0, len(tokens), BLOCK):
-                    own += np.bincount(tokens[i:i + BLOCK], minlength=len(own))
+                for tokens in np.array_split(open_shard(self.folder, shard), 100):      # copied, to int64
+                    own += np.bincount(tokens, minlength=len(own))
         np.save(content := io.BytesIO(), train)
         digest = self.write(self.folder / "counts.npy", content.getbuffer())
         loss = -(val * np.log((train + 1) / (train + 1).sum())).sum() / val.sum()
@@ -435,9 +425,10 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
     sources, folder = [*map(Path, val_files), *map(Path, files)], Path(out)
     for path in sources:
         next(documents(path, format, skip_bad=True), None)  # what cannot be read is refused before any work
-    digests, real = [sha256(path) for path in sources], [path.resolve() for path in sources]
+    digests, first = [sha256(path) for path in sources], {}
+    held_out = {*digests[:len(val_files)]}
     for i, path in enumerate(sources):
-        if real[i] in real[:i] or i >= len(val_files) and digests[i] in digests[:len(val_files)]:
+        if first.setdefault(path.resolve(), i) < i or i >= len(val_files) and digests[i] in held_out:
             raise ValueError(f"{path} is named twice: name each file once, for training or for validation")
     request = dict(sources=[[path.name, digest] for path, digest in zip(sources, digests)], format=format,
                    validation=[len(val_files), None if val_files else holdout],
@@ -503,15 +494,17 @@ def prepare_stdlib(out="data/stdlib", vocab_size: int = 32_768) -> dict:
 
 # ---- The reader. -------------------------------------------------------------------------------------------
 
-def read_meta(folder) -> dict:
-    """meta.json of a prepared folder, checked. Raises ValueError."""
+def read_meta(folder, finished: bool = True) -> dict:
+    """meta.json of a prepared folder, checked; False: of an unfinished one too. Raises ValueError."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise ValueError(f"no prepared data in {folder} (no meta.json): name a folder that prepare_pile.py "
                          "has written, or make one: prepare_pile.py --input FILE --out DIR")
     with naming(path):
-        meta = unsealed(json.loads(path.read_text(encoding="utf-8")))
-    if not meta["finished"]:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta != sealed(meta):
+            raise ValueError("its SHA-256 differs")
+    if finished and not meta["finished"]:
         raise ValueError(f"{folder} is unfinished: the same command goes on")
     return meta
 
@@ -609,8 +602,8 @@ def main():
     option("--skip-bad", action="store_true", help="leave out lines that cannot be read, and count them")
     args = parser.parse_args()
     if args.verify:
-        tokens = sum(verify(args.verify)[split]["tokens"] for split in SPLITS)
-        print(f"{args.verify} is whole: {tokens:,} tokens")
+        meta = verify(args.verify)
+        print(f"{args.verify} is whole: {sum(meta[split]['tokens'] for split in SPLITS):,} tokens")
         return
     if args.input and not args.out:
         raise ValueError("--input needs --out: name a folder, such as data/mine")

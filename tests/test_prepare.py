@@ -208,7 +208,6 @@ def test_o200k_base(tmp_path):
 def corpus(tmp_path, encoding, monkeypatch):
     """Two files of documents from three domains, in parts of 300 tokens."""
     monkeypatch.setattr(prepare_pile, "PART_TOKENS", 300)
-    monkeypatch.setattr(prepare_pile, "BLOCK", 200)
     rng = random.Random(0)
     texts = [text for text in TEXTS if len(text) < 5_000]
     lines = [json.dumps({"text": rng.choice(texts) + str(i), "meta": {"pile_set_name": rng.choice("ABC")}})
