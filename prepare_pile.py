@@ -567,6 +567,7 @@ class Windows:
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Window i in file order. -> (seq_len + 1) int64"""
+        i = range(len(self))[i]             # as of a list: the last is -1, and none is beyond
         shard = int(np.searchsorted(self.ends, i, side="right")) - 1
         start = (i - int(self.ends[shard])) * self.seq_len
         return self.tokens(shard, start, start + self.seq_len + 1)

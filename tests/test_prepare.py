@@ -617,7 +617,9 @@ def test_two_shards_by_hand(tmp_path):
     windows = Windows(write_folder(tmp_path, [8, 5]), "train", 2)
     found = [windows[i].tolist() for i in range(len(windows))]
     assert found == [[0, 1, 2], [2, 3, 4], [4, 5, 6], [8, 9, 10], [10, 11, 12]]
-    assert windows.tokens(1, 1, 3).tolist() == [9, 10]
+    assert windows.tokens(1, 1, 3).tolist() == [9, 10] and [*windows[-1]] == found[-1]
+    with pytest.raises(IndexError):
+        windows[5]
     with pytest.raises(ValueError,
                        match="the train split of .* is shorter than one window of 9 tokens: prepare"):
         Windows(tmp_path, "train", 8)
