@@ -50,11 +50,14 @@ CUDA = torch.cuda.is_available()
 
 
 @functools.cache
+def hashed_words() -> torch.Tensor:
+    texts = (text for file in stdlib_files() for text, _ in documents(file))
+    return torch.tensor([zlib.crc32(word.encode()) for text in texts for word in re.findall(r"\w+", text)])
+
+
 def natural_windows(tokens: int, vocab_size: int, seq_len: int) -> torch.Tensor:
     """Ids and their targets, in windows from all over the text. -> (tokens / seq_len, seq_len + 1)"""
-    texts = (text for file in stdlib_files() for text, _ in documents(file))
-    words = torch.tensor([zlib.crc32(word.encode()) for text in texts for word in re.findall(r"\w+", text)])
-    random = torch.Generator().manual_seed(0)
+    words, random = hashed_words(), torch.Generator().manual_seed(0)
     if tokens < 1 or tokens % seq_len or seq_len >= len(words):
         raise ValueError(f"--tokens is {tokens}: it must be a multiple of {seq_len}, the length of a window")
     starts = torch.randint(len(words) - seq_len, (tokens // seq_len, 1), generator=random)

@@ -228,7 +228,8 @@ def parse(line: bytes) -> tuple[str, str]:
     document["text"].encode()       # raises for half a surrogate pair, which JSON may hold
     about = document.get("meta")
     domain = about.get("pile_set_name") if isinstance(about, dict) else None
-    return document["text"], domain if isinstance(domain, str) else "(none)"
+    domain = domain[:100] if isinstance(domain, str) else "(none)"
+    return document["text"], domain.encode(errors="replace").decode()
 
 
 def documents(path, format: str | None = None, skip_bad: bool = False, on_read=lambda n: None):
@@ -268,6 +269,7 @@ def documents(path, format: str | None = None, skip_bad: bool = False, on_read=l
 # ---- The writer. -------------------------------------------------------------------------------------------
 
 AHEAD = 2**23                   # characters for each thread, so that none waits while a part is written
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # by CIFS, NFS
 
 
 @contextmanager
@@ -280,8 +282,8 @@ def written_whole(path: Path):
         with open(partial, "rb+") as file:
             try:
                 os.fsync(file.fileno())
-            except OSError as error:                # some of CIFS, FUSE and NFS cannot, and do without
-                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
                     raise
         os.replace(partial, path)
     finally:
@@ -297,8 +299,10 @@ def locked(folder: Path):
         lock.acquire()
     except filelock.Timeout as error:
         raise ValueError(f"another run is writing {folder} just now: wait, or use another --out") from error
-    except (OSError, NotImplementedError) as error:         # NFS without its lock daemon, for one
-        print(f"{folder} cannot be locked ({error}): let nothing else write there", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        print(f"{folder} cannot be locked ({error.strerror}): let nothing else write there", file=sys.stderr)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -290,6 +290,8 @@ def run(held: ExitStack):
         raise ValueError(f"nothing to resume: there is no {out}; name the run's folder with --out")
     if not resume and out.exists() and {*os.listdir(out)} - {".lock", "lost+found"}:
         raise ValueError(f"{out} is not empty: go on with --resume, or name another folder with --out")
+    if resume and rank == 0:
+        held.enter_context(locked(out))     # before anything is read
     settings, about = given, None
     if resume and checkpoints(out):         # else it was killed before its first: begin again
         about, model, moments = newest_whole(out, say)
@@ -331,7 +333,10 @@ def run(held: ExitStack):
     optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay), lr=t.learning_rate,
                                   betas=(t.beta1, t.beta2), fused=device.type != "mps")
     if about:
-        optimizer.load_state_dict(moments)
+        try:
+            optimizer.load_state_dict(moments)
+        except Exception as error:          # of whatever the file holds
+            raise ValueError(f"optimizer.pt in {out} is not of this model ({error!r})") from error
 
     # ---- layout: windows of a step -> ranks -> micro-batches -------------------------------------------
     train_windows, val_windows = (Windows(t.data, split, config.seq_len) for split in ("train", "val"))
@@ -387,14 +392,19 @@ def run(held: ExitStack):
     about = dict(config=asdict(config), data=meta["identity"], torch=torch.__version__,
                  training=asdict(t) | shape)        # the shape as given: --isoparametric deepens it
     log_path, log = out / "log.jsonl", []
-    if rank == 0:                           # now that all else is known to be right
-        Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)          # what a link points to
-        held.enter_context(locked(out))
+    if rank == 0:
+        if not resume:                      # now that all else is known to be right
+            Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)      # what a link points to
+            held.enter_context(locked(out))
+            if log_path.exists():
+                raise ValueError(f"another run has written {out} meanwhile: name another folder with --out")
         for line in log_path.read_text(errors="replace").splitlines() if log_path.exists() else ():
-            with suppress(ValueError, TypeError, KeyError):         # of a line that a crash cut
+            try:
                 entry = json.loads(line)
                 if entry["step"] <= step and entry["tokens"] and entry["loss"]:
                     log.append(entry)
+            except (ValueError, TypeError, KeyError):
+                say(f"{log_path}: a damaged line is left out")
         with written_whole(log_path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in log))
 

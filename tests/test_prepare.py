@@ -490,6 +490,20 @@ def test_what_the_user_sees(arguments, message, tmp_path):
     assert done.stderr.startswith(f"prepare_pile.py: {message}") and len(done.stderr.splitlines()) == 1
 
 
+def test_a_vocabulary_is_named_or_trained(tmp_path):
+    done = run(*"--vocab-size 300 --encoding gpt2".split(), cwd=tmp_path)
+    assert done.returncode == 2 and "--encoding: not allowed with argument --vocab-size" in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_name_of_a_domain_is_text_of_a_line(tmp_path):
+    """Whatever JSON holds: half a surrogate pair, which no file takes, or a book."""
+    domains = ["\ud800", "x" * 10_000, 3]
+    lines = [json.dumps(dict(text="a", meta=dict(pile_set_name=domain))) for domain in domains]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert [domain for _, domain in documents(tmp_path / "a.jsonl")] == ["?", "x" * 100, "(none)"]
+
+
 def test_a_report_where_characters_are_lacking(tmp_path):
     """As of Windows' consoles, or LC_ALL=C: the work is done all the same."""
     lines = [json.dumps(dict(text=f"word {i} " * 50, meta=dict(pile_set_name="Märchen"))) for i in range(99)]

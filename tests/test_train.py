@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
 from unittest import mock
@@ -217,13 +218,19 @@ def test_two_runs_in_one_folder_are_refused(tiny_data, whole):
     with train.locked(Path("new")), pytest.raises(ValueError, match="another run is writing new"):
         run("new", tiny_data, *EIGHT)
 
+    def overtaken(out):                                                 # after the folder was looked at
+        Path(out, "log.jsonl").touch()
+        return nullcontext()
+    with mock.patch.object(train, "locked", overtaken), pytest.raises(ValueError, match="meanwhile"):
+        run("new", tiny_data, *EIGHT)
+
 
 def test_a_disk_without_locks(tiny_data, whole, monkeypatch, capsys):
     """NFS without its lock daemon: the run goes on, and says so."""
     refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     assert run("run", tiny_data, *EIGHT) == result(whole)
-    assert capsys.readouterr().err.startswith("run cannot be locked ([Errno 37] No locks available): let")
+    assert capsys.readouterr().err.startswith("run cannot be locked (No locks available): let nothing else")
 
 
 def test_nothing_is_written_beside_the_data(tiny_data):
