@@ -31,7 +31,7 @@ from train import PRESETS, Training
 ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # train.py, with more generators
 STARTS = {      # {name} or {name@scale} is a file that lab.addresses writes of the data with these settings,
     #             {pace@x,y} one with codebooks of standard deviation x and W_seed of y
-    "table": dict(model="dense-untied"), "learned": dict(), "noise": dict(noise=True),
+    "table": dict(model="dense-untied"), "learned": dict(), "fine": dict(base=512), "noise": dict(noise=True),
     "id": dict(addresses="id", noise=True), "shuffled": dict(addresses="shuffled", noise=True),
     "frequency": dict(addresses="frequency", noise=True)}
 TWINS = {"dense": "--model dense", "dense-untied": "--model dense-untied"}
@@ -46,6 +46,11 @@ EXPERIMENTS = {
     "addresses": TWINS | CONTROL | {
         "id": OURS, "shuffled": OURS + " --start {shuffled}", "frequency": OURS + " --start {frequency}",
         "learned": OURS + " --start {noise}", "learned, from vectors": OURS + " --start {learned}"},
+    "modes": THREE | {              # with them, and by `points` without
+        "learned digits": OURS + " --start {noise}", "from vectors": OURS + " --start {learned}",
+        "points": f"{OURS} --generator points",
+        "points, learned digits": f"{OURS} --generator points --start {{noise}}",
+        "points, from vectors": f"{OURS} --generator points --start {{learned}}"},
     "isoparametric": TWINS | {"leviathan": OURS, "leviathan, deepened": f"{OURS} --isoparametric"},
     "dtype": THREE | {f"{name}, float32": f"{flags} --dtype float32" for name, flags in THREE.items()},
     "width": THREE | {f"leviathan, mode width {r}": f"{OURS} --mode-width {r}" for r in (16, 64)},

@@ -1,4 +1,4 @@
-"""Generators of one's own, each a class with a name in GENERATORS. Two that ask something of the method:
+"""Generators of one's own, each a class with a name in GENERATORS. Three that ask something of the method:
 
     python -m lab.generators --generator additive --out out/additive    # train.py, and all of its flags
     python -m lab.generators --generator bits --out out/bits
@@ -25,6 +25,17 @@ class Additive(TokenGenerator):
         initialise(self, seed)
 
 
+class Points(TokenGenerator):
+    """Are the modes needed? Without them e = W_res (ẑ - 1/2): nothing but where the token lives [O]."""
+    def __init__(self, vocab_size: int, d_model: int, *, seed: int = 0, **settings):
+        super().__init__(vocab_size, d_model, **settings)
+        self.modes = self.mode_proj = None
+        initialise(self, seed)
+
+    def surface(self, x):
+        return self.residual_proj(x - 0.5)
+
+
 class Bits(nn.Module):
     """Is anything to be learned? The bits of the id as ±1, tiled to D: no parameters (arXiv 2605.09751)."""
     def __init__(self, vocab_size: int, d_model: int, **_):
@@ -42,7 +53,7 @@ class Bits(nn.Module):
         return self(torch.arange(self.vocab_size))
 
 
-GENERATORS |= dict(additive=Additive, bits=Bits)
+GENERATORS |= dict(additive=Additive, points=Points, bits=Bits)
 
 if __name__ == "__main__":
     try:

@@ -59,9 +59,10 @@ def models(d_model: int) -> dict[str, str]:
 
 
 def relatives(d_model: int) -> dict[str, dict[str, str]]:
-    """{one of the swept: what has its rate and warm-up, but for one thing}: what decides? And four attempts
+    """{one of the swept: what has its rate and warm-up, but for one thing}: what decides? And five attempts
     to win, each with the reason that was written down before."""
     D, known = d_model, models(d_model)
+    fine = f"{OURS} --generator v1 --d-seed {D} --mode-width 1 --start {{fine}}"
     hasty = f" --start {{pace@0.02,{D**-0.5:.2g}}}"     # the start that results/ladder/hasty was made with
     return {
         "dense": {"dense, deepened": known["dense"] + " --isoparametric"},          # what tying saves buys it
@@ -80,12 +81,16 @@ def relatives(d_model: int) -> dict[str, dict[str, str]]:
             "lev, 1/5, hasty": known["lev, 1/5"] + hasty},
         "v1, 1/5, from vectors": {
             "v1, 1/5, learned digits": known["v1, 1/5, from vectors"].replace("{learned}", "{noise}"),
+            "points, from vectors": f"{OURS} --generator points --d-seed {D} --start {{learned}}",  # no modes
             # 1. A sum is additive quantisation's own form: what the vectors know is in reach from the start.
             "additive, 1/5, from vectors": generator("additive", 1 / 5, D, vectors=True),
             # 2. As large as the control: if what is lacking is size, here it is not.
             "v1, 1/1, from vectors": generator("v1", 1, D, vectors=True),
             # 4. Number 3 again, with embeddings that are the vectors from the first step on, as v1's can be.
-            "v1, 1/5, from vectors, deepened": known["v1, 1/5, from vectors"] + " --isoparametric"},
+            "v1, 1/5, from vectors, deepened": known["v1, 1/5, from vectors"] + " --isoparametric",
+            # 5. What modes add to vectors is noise at first: as many numbers, but as digits of 512 values.
+            "v1, fine digits, from vectors": fine,
+            "v1, fine digits, from vectors, deepened": fine + " --isoparametric"},
         # 3. The paper's own bargain, what the table saves spent on depth, with all that vectors know.
         "lev, 1/5, from vectors": {
             "lev, 1/5, from vectors, deepened": known["lev, 1/5, from vectors"] + " --isoparametric"}}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lab import ladder
-from lab.generators import Bits
-from leviathan import Config, LanguageModel
+from lab.generators import Bits, Points
+from leviathan import Config, LanguageModel, TokenGenerator
 
 BEST = dict.fromkeys(ladder.models(32), (0.01, 0.25))
 
@@ -36,7 +36,7 @@ def test_sizes_and_tokens(rung):
     assert title == f"D {D}, L {L}" and D * L == rung
     assert steps * ladder.TOKENS / sum(untied.values()) == pytest.approx(20, rel=2e-3)
     assert float(given(variants["dense"])["learning_rate"]) == pytest.approx(0.32 / D)
-    assert len(variants) == (len(ladder.NAMES) if rung == 64 else 15)
+    assert len(variants) == (len(ladder.NAMES) if rung == 64 else 16)
     for name, flags in variants.items():
         if "1/" not in name or "learned" in name:               # whose width is that from vectors
             continue
@@ -70,6 +70,14 @@ def test_bits_by_hand():
     ids = torch.arange(6).view(2, 3)
     expected = model(ids)
     torch.testing.assert_close(model.materialize()(ids), expected)
+
+
+def test_points_are_what_is_left_without_modes():
+    generator, points = (kind(100, 8, d_seed=4, mode_width=2) for kind in (TokenGenerator, Points))
+    torch.nn.init.zeros_(generator.mode_proj.weight)
+    torch.testing.assert_close(points.table(), generator.table())
+    assert {*points.state_dict()} == {"addresses", "codebooks", "seed_proj.weight", "seed_norm.weight",
+                                      "seed_norm.bias", "residual_proj.weight"}
 
 
 def losses(found: dict) -> dict:
