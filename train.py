@@ -411,7 +411,8 @@ def run(held: ExitStack):
     def finish_step(*_):                    # and then stop; Ctrl-C again stops at once
         nonlocal stop
         stop = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is finish_step:      # what was ignored, stays so
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:  # of nohup
             held.callback(signal.signal, number, signal.signal(number, finish_step))

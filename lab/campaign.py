@@ -46,11 +46,11 @@ EXPERIMENTS = {
     "addresses": TWINS | CONTROL | {
         "id": OURS, "shuffled": OURS + " --start {shuffled}", "frequency": OURS + " --start {frequency}",
         "learned": OURS + " --start {noise}", "learned, from vectors": OURS + " --start {learned}"},
-    "modes": THREE | {              # with them, and by `points` without
-        "learned digits": OURS + " --start {noise}", "from vectors": OURS + " --start {learned}",
-        "points": f"{OURS} --generator points",
-        "points, learned digits": f"{OURS} --generator points --start {{noise}}",
-        "points, from vectors": f"{OURS} --generator points --start {{learned}}"},
+    "modes": TWINS | {              # with them, and by `points` without
+        name + what: OURS + kind + start
+        for what, start in (("", ""), (", learned digits", " --start {noise}"),
+                            (", from vectors", " --start {learned}"))
+        for name, kind in (("leviathan", ""), ("points", " --generator points"))},
     "isoparametric": TWINS | {"leviathan": OURS, "leviathan, deepened": f"{OURS} --isoparametric"},
     "dtype": THREE | {f"{name}, float32": f"{flags} --dtype float32" for name, flags in THREE.items()},
     "width": THREE | {f"leviathan, mode width {r}": f"{OURS} --mode-width {r}" for r in (16, 64)},

@@ -206,6 +206,16 @@ def test_a_damaged_log_is_survived(copy, tiny_data, whole, damage):
         shutil.rmtree(copy / "step-00000008")
 
 
+def test_what_was_ignored_stays_ignored(tiny_data):
+    """As in the background of a shell: SIGTERM stops the run; Ctrl-C, meant for others, still does not."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with during(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            run("run", tiny_data, *EIGHT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_two_runs_in_one_folder_are_refused(tiny_data, whole):
     """While a run is in a step another is started there, anew and with --resume."""
     def others():
