@@ -189,8 +189,9 @@ class PlainGenerator(TokenGenerator):
         t = (x.unsqueeze(-1) * (self.n_knots - 1) - torch.arange(self.n_knots, device=x.device)).abs()
         basis = torch.where(t < 0.5, 0.75 - t**2, F.relu(1.5 - t)**2 / 2)           # (N, d_seed, κ)
         curves = torch.einsum("ndk,dkc->ndc", basis / basis.sum(-1, keepdim=True), self.modes.splines + 1)
-        one = 1 if self.centred else 0
-        return (self.mode_proj(curves.prod(1) - one) + self.residual_proj(x - one / 2)).view(*ids.shape, -1)
+        centre = 1 if self.centred else 0
+        rows = self.mode_proj(curves.prod(1) - centre) + self.residual_proj(x - centre / 2)
+        return rows.view(*ids.shape, -1)
 
 
 def piece(contestant, config: Config, windows, dtype: str, kind: str):

@@ -24,7 +24,7 @@ import json
 import math
 import zipfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 
@@ -56,10 +56,11 @@ class Config:
         for name, known in (("model", ("leviathan", "dense", "dense-untied")), ("generator", GENERATORS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
-        for name, value in vars(self).items():
+        for field in fields(self):
+            name, value, number = field.name, getattr(self, field.name), field.type in (int, int | None)
             most = dict(n_coords=62, n_modes=4_096, seq_len=2**20).get(name, 2**31 - 1)
-            if type(value) not in (str, bool, type(None)) and not (type(value) is int and 1 <= value <= most):
-                raise ValueError(f"{name} is {value}: it must be a whole number from 1 to {most:,}")
+            if number and value is not field.default and not (type(value) is int and 1 <= value <= most):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 to {most:,}")
         self.n_heads = self.n_heads or max(1, self.d_model // 64)
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads}")
@@ -104,7 +105,7 @@ def product_tree(factors):
 
 
 class Modes(nn.Module):
-    """Π_d φ_d(x_d), a learned curve φ_d = Σ_n B_n S_dn for each dimension [P]. (U, d_seed) -> (U, columns)
+    """`columns` products Π_d φ_d(x_d) of learned curves φ_d = Σ_n B_n S_dn [P]. (U, d_seed) -> (U, columns)
 
     `splines` holds S - 1 [O]: so 0 is neutral, and bfloat16, whose steps near 1 are 1/128, can train it.
     Factors are float32 at least: the errors of 128 in bfloat16 would add up to 2 %.
@@ -128,7 +129,7 @@ class TokenGenerator(nn.Module):
 
     centred [O]: modes start around 1 and points around 1/2, which all embeddings share (cosines of 0.6; 0.2
     without). So both are subtracted, and embeddings start at 0.02. Uncentred: as written, at Flax's scale.
-    addresses, a buffer: V different integers below b^k, whose digits count. The ids [P], or what is loaded.
+    addresses, a buffer: the digits of token i are those of addresses[i] < b^k: i itself [P], or as loaded.
     """
     N_KNOTS = 32
     CPU, GPU = 2**22, 2**29                             # values of φ at once: 16 MB, that cache holds; 2 GB
@@ -137,8 +138,8 @@ class TokenGenerator(nn.Module):
                  d_seed: int = 128, n_knots: int | None = None, n_modes: int = 8, mode_width: int = 64,
                  centred: bool = True, seed: int = 0):
         super().__init__()
-        if min(n_coords, d_seed, n_modes, mode_width) < 1:
-            raise ValueError("n_coords, d_seed, n_modes and mode_width must be at least 1")
+        if min(n_coords, d_seed - 1, n_modes, mode_width) < 1:        # of one number LayerNorm makes 0
+            raise ValueError("n_coords, n_modes and mode_width must be at least 1, d_seed 2")
         self.num_embeddings, self.embedding_dim = vocab_size, d_model           # as nn.Embedding calls them
         self.n_coords, self.base = n_coords, smallest_base(vocab_size, n_coords) if base is None else base
         self.d_seed, self.n_knots = d_seed, self.N_KNOTS if n_knots is None else n_knots
@@ -167,8 +168,8 @@ class TokenGenerator(nn.Module):
 
     def surface(self, x):
         """Mechanism 2, Eq. 3: e = Σ_m W_m Π_d φ_md(ẑ_d) + W_res ẑ [P]. (U, d_seed) -> (U, D)"""
-        one = 1 if self.centred else 0
-        return self.mode_proj(self.modes(x) - one) + self.residual_proj(x - one / 2)
+        centre = 1 if self.centred else 0
+        return self.mode_proj(self.modes(x) - centre) + self.residual_proj(x - centre / 2)
 
     def rows(self, ids):
         """The method. (U) -> (U, D)"""
@@ -177,8 +178,8 @@ class TokenGenerator(nn.Module):
     def forward(self, ids):
         """The same, fast [O]: each distinct id once, in chunks that backward computes again. (N) -> (N, D)
 
-        Outside autocast. Raises TypeError unless ids are integers, IndexError beyond V. Under
-        torch.func.functional_call take `rows`: the backward here reads the module's own parameters.
+        Autocast is off inside. Raises TypeError unless ids are integers, IndexError beyond V. Of many chunks
+        backward reads the module's own parameters: for torch.func.functional_call wrap `rows` in a module.
         """
         if ids.dtype == torch.bool or ids.is_floating_point():
             raise TypeError(f"ids are of type {ids.dtype}: they must be integers")
@@ -300,8 +301,8 @@ class LanguageModel(nn.Module):
         changed = (type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head) or any(
             (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)))
         if targets is None or changed:                                          # by LoRA, quantisation ...
-            logits = head(x)
-            return logits if targets is None else F.cross_entropy(logits.mT.float(), targets)
+            logits, wide = head(x), torch.promote_types(x.dtype, torch.float32)
+            return logits if targets is None else F.cross_entropy(logits.mT.to(wide), targets)
         return linear_cross_entropy(x, head.weight, targets, self.softmax)
 
     def hidden(self, x, caches=None):
@@ -347,10 +348,10 @@ def initialise(module: nn.Module, seed: int) -> None:
     """
     generator = next((m for m in module.modules() if isinstance(m, TokenGenerator)), None)
     if generator is not None:
-        generator.addresses.copy_(torch.arange(generator.num_embeddings))       # the ids
+        generator.addresses.copy_(torch.arange(generator.num_embeddings, device="cpu"))     # the ids
     share = 0.02 if generator is None or generator.residual_proj is None else 0.02 * math.sqrt(0.5)
     deep = 0.02 / math.sqrt(2 * len(getattr(module, "layers", [0])))            # a generator alone has none
-    names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: the head's
+    names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: lm_head
     for p, name in names.items():
         leaf, flax = name.removesuffix(".weight").rpartition(".")[2], p.shape[-1] ** -0.5
         std = dict(o_proj=deep, down_proj=deep, splines=0.1, codebooks=1, seed_proj=1, mode_proj=share * flax,
@@ -359,7 +360,7 @@ def initialise(module: nn.Module, seed: int) -> None:
             std = flax
         if "norm" not in name and not p.is_meta:
             stream = zlib.crc32(f"{seed} {name.removeprefix('embed_tokens.')}".encode())
-            noise = torch.empty(p.shape, dtype=torch.float32)
+            noise = torch.empty(p.shape, dtype=torch.float32, device="cpu")     # whatever the default is
             p.data.copy_(noise.normal_(0, std, generator=torch.Generator().manual_seed(stream)))
 
 
@@ -376,17 +377,17 @@ def isoparametric_depth(config: Config) -> int:
 
 # ---- the loss, whose logits are the largest thing in a training step [O] -------------------------------
 
-LOGITS_AT_ONCE = {"cpu": 2**10, "other": 5 * 2**10}       # bytes for each id of the vocabulary
+LOGITS_AT_ONCE = {"cpu": 2**10, "other": 5 * 2**10}       # bytes a column: 512 and 2,560 rows of bfloat16
 
 
-def softmax_(logits, targets):
-    """Rows of logits become their softmax. (n, V), (n, 1) -> the targets' log-probabilities (n, 1)"""
+def softmax_(logits):
+    """Rows of logits become their softmax. (n, V) -> their logsumexp (n, 1)"""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    x -= x.amax(1, keepdim=True)                # in place, step by step: new memory is slow to come
-    own = x.gather(1, targets)
+    largest = x.amax(1, keepdim=True)
+    x -= largest                                # in place, step by step: new memory is slow to come
     total = x.exp_().sum(1, keepdim=True)
     logits.copy_(x.div_(total))
-    return own - total.log()
+    return largest + total.log()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -410,12 +411,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             x, target = hidden[start:start + chunk].to(dtype), targets[start:start + chunk].unsqueeze(1)
             logits = torch.mm(x, w.T, out=buffer[:len(x)])                      # (chunk, V), filled up
             logits[:, V:] = -torch.inf
-            log_p = torch.cat([softmax(*rows) for rows in zip(logits.split(block), target.split(block))])
+            own = logits[:, :V].gather(1, target).to(wide)
+            log_p = own - torch.cat([softmax(rows) for rows in logits.split(block)])
             loss -= log_p.sum()
             each = torch.arange(len(x), device=x.device).unsqueeze(1)           # scatter_ would be slow
             logits[each, target] = log_p.expm1().to(dtype)      # p - 1: the gradient of logits stands there
             if any(ctx.needs_input_grad):
                 grad_hidden[start:start + chunk] = logits @ w
+            if ctx.needs_input_grad[1]:                                         # a frozen head does not
                 grad_weight.addmm_(logits.T, x) if dtype == wide else grad_weight.add_(logits.T @ x)
         ctx.grads = grad_hidden, grad_weight[:V]
         return loss / len(hidden)
@@ -433,7 +436,7 @@ def linear_cross_entropy(hidden, weight, targets, softmax=softmax_):
     """Mean of -log softmax(hidden @ weight.T)[target]. (..., D), (V, D), (...) -> scalar, float32 at least"""
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden states {tuple(hidden.shape)}")
-    if not torch.is_grad_enabled():         # else apply would take the weight's gradient for wanted
+    if not torch.is_grad_enabled():         # of which needs_input_grad knows nothing
         hidden, weight = hidden.detach(), weight.detach()
     return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), softmax)
 

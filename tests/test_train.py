@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -367,8 +367,9 @@ def test_bfloat16_trains_alike(tiny_data, whole):
 
 def test_compiled_parts_compute_the_same(monkeypatch):
     """Without graph breaks, and without a prefix to any name; aot_eager needs no C++."""
-    compiler = partialmethod(torch.nn.Module.compile, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
+    how = dict(fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, **how))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, **how))
     model, compiled = LanguageModel(Config(**SHAPE)), LanguageModel(Config(**SHAPE))
     compile_parts(compiled)
     for m in (model, compiled):
