@@ -473,8 +473,8 @@ def load(path, device="cpu") -> LanguageModel:
     weights = load_tensors(folder / "model.pt")
     try:
         config = Config(**json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
-        config.n_layers = min(config.n_layers, len(weights))                # since a file may claim any size;
-        with torch.device("meta"):                                          # the rest takes no memory here
+        config.n_layers = min(config.n_layers, len(weights))                # which a damaged file may claim
+        with torch.device("meta"):                                          # where sizes take no memory
             model = LanguageModel(config)
         model.load_state_dict(weights, assign=True)
         model.tie()

@@ -140,7 +140,7 @@ def test_stands_in_for_an_embedding():
 
 
 def test_a_seed_stands_in_for_digits():
-    """A token without digits can be added after training: all it needs is a seed of its own."""
+    """From seeds on, no id is needed: so a token with a seed of its own can be added after training."""
     g = tiny_generator("lev")
     ids = torch.tensor([3, 50, 96])
     torch.testing.assert_close(g.surface(g.coordinates(g.seeds(ids))), g(ids))
@@ -174,7 +174,7 @@ def test_lev_has_the_papers_number_of_parameters():
 @pytest.mark.parametrize("name, tied, untied, deep, depth", [
     ("60m", 57.6, 108.9, 108.5, 52), ("270m", None, 421.0, 421, 28), ("410m", 406.5, None, None, None)])
 def test_sizes_and_isoparametric_depths_are_the_papers(name, tied, untied, deep, depth):
-    """In millions, as the paper labels them: 6 -> 52 layers at D=256 and 12 -> 28 at D=768 [P].
+    """In millions, as the paper labels them: 6 -> 52 layers at D=256, 12 -> 28 at D=768 [52, 28: P].
 
     Depths and dense sizes are exact; Leviathan's come to within 0.5 M, its generator being reconstructed [R].
     """
