@@ -105,7 +105,7 @@ def product_tree(factors):
 
 
 class Modes(nn.Module):
-    """`columns` products Π_d φ_d(x_d) of learned curves φ_d = Σ_n B_n S_dn [P]. (U, d_seed) -> (U, columns)
+    """Products Π_d φ_d(x_d) of learned curves φ_d = Σ_n B_n S_dn [P]. (U, d_seed) -> (U, columns)
 
     `splines` holds S - 1 [O]: so 0 is neutral, and bfloat16, whose steps near 1 are 1/128, can train it.
     Factors are float32 at least: the errors of 128 in bfloat16 would add up to 2 %.
@@ -411,7 +411,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             x, target = hidden[start:start + chunk].to(dtype), targets[start:start + chunk].unsqueeze(1)
             logits = torch.mm(x, w.T, out=buffer[:len(x)])                      # (chunk, V), filled up
             logits[:, V:] = -torch.inf
-            own = logits[:, :V].gather(1, target).to(wide)
+            own = logits[:, :V].gather(1, target).to(wide)      # not in softmax: torch 2.11 miscompiles it
             log_p = own - torch.cat([softmax(rows) for rows in logits.split(block)])
             loss -= log_p.sum()
             each = torch.arange(len(x), device=x.device).unsqueeze(1)           # scatter_ would be slow

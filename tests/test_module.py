@@ -71,11 +71,19 @@ def test_ids_beyond_the_vocabulary_are_refused(embed, ids):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(base=0), dict(base=4), dict(base=2**40), dict(n_knots=0), dict(n_knots=2), dict(d_seed=0),
+    dict(base=0), dict(base=4), dict(base=2**40), dict(n_knots=0), dict(n_knots=2), dict(d_seed=1),
     dict(n_modes=0), dict(mode_width=-1)], ids=str)
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ValueError):
         TokenGenerator(97, 8, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(d_model="256"), dict(vocab_size=None), dict(n_layers=True), dict(n_heads=0), dict(seq_len=2.0)],
+    ids=str)
+def test_a_shape_is_of_whole_numbers(wrong):
+    with pytest.raises(ValueError, match=f"{min(wrong)} is .*: it must be a whole number"):
+        Config(**wrong)
 
 
 # ---- copies, processes, devices, types -----------------------------------------------------------------
