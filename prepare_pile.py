@@ -210,14 +210,16 @@ def find_files(names: list[str], format: str | None = None) -> list[Path]:
 def opened(path: Path, file):
     """The content of an open file, of all its members or frames if it is compressed."""
     if path.suffix.lower() == ".gz":
-        return gzip.GzipFile(fileobj=file)
-    if path.suffix.lower() != ".zst":
-        return file
-    if sys.version_info >= (3, 14):
-        from compression import zstd
+        content = gzip.GzipFile(fileobj=file)
+    elif path.suffix.lower() == ".zst":
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+        content = zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
     else:
-        from backports import zstd
-    return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
+        return file
+    return io.BufferedReader(content, 2**18)        # in large pieces: each waits for the interpreter's lock
 
 
 def parse(line: bytes) -> tuple[str, str]:

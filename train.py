@@ -74,7 +74,7 @@ class Training:
     beta2: float = 0.95                 # AdamW's second moment
     clip: float = 1.0                   # largest norm of the gradient
     micro_batch: int | None = None      # windows a device takes at once: lower it when memory runs out
-    eval_every: int | None = None       # steps between evaluations; a tenth of the run if left out
+    eval_every: int | None = None       # steps between evaluations; a fifth of the run if left out
     eval_tokens: int = 65_536           # of validation, evenly spaced and always the same
     save_every: int | None = None       # steps between checkpoints; a tenth of the run if left out
     keep: int = 2                       # newest checkpoints to keep
@@ -89,7 +89,7 @@ class Training:
                                  f"{', '.join(filter(None, known))}")
         recipe = PRESETS[self.preset]
         steps = recipe["steps"] if self.steps is None else self.steps
-        usual = recipe | dict(warmup_steps=int(recipe["warmup"] * steps), eval_every=max(1, steps // 10),
+        usual = recipe | dict(warmup_steps=int(recipe["warmup"] * steps), eval_every=max(1, steps // 5),
                               save_every=max(1, steps // 10))
         for name, value in vars(self).items():
             if value is None:
