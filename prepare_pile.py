@@ -49,11 +49,11 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 
 def quiet() -> bool | None:
     """For tqdm: no bar where TQDM_DISABLE says so, nor in a log."""
-    return bool(os.environ.get("TQDM_DISABLE")) or None
+    return bool(os.environ.get("TQDM_DISABLE") or not sys.stderr) or None       # None in `2>&-`
 
 
 @contextmanager
-def naming(what, cure="prepare it again"):
+def naming(what, cure="remove its folder and prepare it again"):
     """Whatever goes wrong within, as a ValueError that says with what."""
     try:
         yield
@@ -196,13 +196,13 @@ def find_files(names: list[str], format: str | None = None) -> list[Path]:
     """Files as they are, and of folders those that are not hidden, of a known format and no meta.json."""
     files = []
     for path in map(Path, names):
-        inside = sorted(p for p in path.rglob("*") if p.is_file())
-        found = [p for p in inside if format_of(p, format) and p.name != "meta.json"
+        inside = sorted(p for p in path.rglob("*") if p.is_file() or p.is_symlink())    # also to a folder
+        found = [p for p in inside if p.is_file() and format_of(p, format) and p.name != "meta.json"
                  and not any(part.startswith(".") for part in p.relative_to(path).parts)] or [path]
         if not found[0].is_file():
             raise ValueError(f"{path} is no file, nor a folder with text in it: check --input and --val")
         if left := sorted({*inside} - {*found}):
-            print(f"{path}: {len(left):,} files left out, hidden or of unknown format, as {left[0].name}")
+            print(f"{path}: {len(left):,} left out, hidden, a link or of unknown format, as {left[0].name}")
         files += found
     return files
 
@@ -328,6 +328,8 @@ class Unfinished:
                 raise ValueError(f"{folder} was begun by another command or from other files ({changed[0]} "
                                  "differ): repeat that, remove the folder, or choose another --out")
             self.meta = None if changed else meta
+            for shard in meta["train"]["shards"] + meta["val"]["shards"]:
+                open_shard(folder, shard)               # for its checks, before any work
         elif others := {*os.listdir(folder)} - {".lock", ".meta.json.tmp", "lost+found"}:
             raise ValueError(f"{folder} holds something else ({min(others)}): choose another --out")
 
@@ -428,14 +430,17 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
     for name, (value, least) in limits.items():
         if not least <= value <= 2**24:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} to {2**24:,}")
-    sources, folder = [*map(Path, val_files), *map(Path, files)], Path(out)
+    folder = Path(out)
+    files = [path for path in map(Path, files) if folder.resolve() not in path.resolve().parents]   # its own
+    sources = [*map(Path, val_files), *files]
     for path in sources:
         next(documents(path, format, skip_bad=True), None)  # what cannot be read is refused before any work
     digests, first = [sha256(path) for path in sources], {}
-    held_out = {*digests[:len(val_files)]}
+    held_out = {*digests[:len(val_files)]} - {hashlib.sha256().hexdigest()}     # empty files are alike
     for i, path in enumerate(sources):
         if first.setdefault(path.resolve(), i) < i or i >= len(val_files) and digests[i] in held_out:
-            raise ValueError(f"{path} is named twice: name each file once, for training or for validation")
+            raise ValueError(f"{path} is named twice, or holds what a file for validation holds: name each "
+                             "file once, for training or for validation")
     request = dict(sources=[[path.name, digest] for path, digest in zip(sources, digests)], format=format,
                    validation=[len(val_files), None if val_files else holdout],
                    tokenizer=encoding.name if encoding else vocab_size)
@@ -462,8 +467,8 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
     with locked(folder):
         unfinished = Unfinished(folder, request)
         if not unfinished.meta:
-            texts = (text for i, path in enumerate(sources) for text, _ in documents(path, format, skip_bad)
-                     if text is not None and split_of(i, text) == "train")
+            texts = (part for i, path in enumerate(sources) for text, _ in documents(path, format, skip_bad)
+                     if text is not None and split_of(i, text) == "train" for part in cut_runs(text))
             encoding = encoding or train_tokenizer(texts, vocab_size, f"bpe{vocab_size}")
             unfinished.begin(request, encoding)
         meta, tokenizer = unfinished.meta, tokenizer_from_json(unfinished.meta["tokenizer"])
@@ -635,5 +640,7 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"prepare_pile.py: {error}")
+    except MemoryError:
+        sys.exit("prepare_pile.py: out of memory: lower --threads, or cut the longest documents in pieces")
     except OSError as error:
         sys.exit(f"prepare_pile.py: {error}: once that is mended, the same command goes on")

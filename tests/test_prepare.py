@@ -140,9 +140,10 @@ def test_folders_leave_out_what_is_hidden_or_unknown(tmp_path, capsys):
                  "in/meta.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
     names = lambda found: [path.name for path in found]      # noqa: E731
     assert names(find_files([str(tmp_path)])) == ["a.NDJSON", "b.txt", "c.jsonl.zst"]
-    assert "4 files left out, hidden or of unknown format, as " in capsys.readouterr().out
+    assert "5 left out, hidden, a link or of unknown format, as " in capsys.readouterr().out
     assert names(find_files([str(tmp_path)], "text")) == ["a.NDJSON", "b.txt", "c.jsonl.zst", "notes.pdf"]
     assert names(find_files([str(tmp_path / "._b.txt")])) == ["._b.txt"]         # named by the user
     for wrong in ("nowhere", ".ipynb_checkpoints/nothing"):
@@ -421,6 +422,31 @@ def test_wrong_requests_are_refused_before_any_work(tmp_path, encoding, monkeypa
     assert not Path("out").exists()
 
 
+def test_files_that_are_empty_are_not_one_file(tmp_path, encoding):
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / name / "a.py").write_text(name)
+    files, val_files = (find_files([str(tmp_path / name)]) for name in ("train", "val"))
+    assert prepare(files, tmp_path / "out", encoding, val_files)["train"]["documents"] == 2
+
+
+def test_its_own_files_are_no_sources(tmp_path, encoding):
+    """Of any format, by --format: else the same command would not go on."""
+    for i in range(9):
+        (tmp_path / f"{i}.x").write_text(f"text {i}")
+    for _ in range(2):
+        files = find_files([str(tmp_path)], "text")
+        assert prepare(files, tmp_path / "out", encoding, holdout=2, format="text")["finished"]
+    assert len(files) > 9
+
+
+def test_a_tokenizer_is_trained_on_any_text(tmp_path, corpus):
+    """rustbpe panics at long runs of spaces, as tiktoken does."""
+    (tmp_path / "spaces.jsonl").write_bytes(json_lines([" " * 1_500_000, "a"]))
+    prepare([*corpus, tmp_path / "spaces.jsonl"], tmp_path / "out", holdout=5, vocab_size=300)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The script.
 
@@ -589,7 +615,7 @@ def test_what_is_damaged_is_named(tmp_path, corpus, encoding, damage, message):
     verify(tmp_path / "out")
     read_all(tmp_path / "out")
     damage(tmp_path / "out")
-    with pytest.raises(ValueError, match="is missing, damaged or other data .*: prepare it again"):
+    with pytest.raises(ValueError, match="missing, damaged or other data .*: remove its folder and prepare"):
         verify(tmp_path / "out")
     if message:
         with pytest.raises(ValueError, match=message):
