@@ -58,7 +58,7 @@ class Config:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
         for field in fields(self):
             name, value, number = field.name, getattr(self, field.name), field.type in (int, int | None)
-            most = dict(n_coords=62, n_modes=4_096, seq_len=2**20).get(name, 2**31 - 1)
+            most = dict(n_coords=62, n_modes=4_096, seq_len=2**20, n_layers=2**14).get(name, 2**31 - 1)
             if number and value is not field.default and not (type(value) is int and 1 <= value <= most):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 to {most:,}")
         self.n_heads = self.n_heads or max(1, self.d_model // 64)

@@ -125,7 +125,7 @@ def main():
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} to {most:g}")
 
     model, tokenizer, _ = read_checkpoint(args.checkpoint, choose_device(args.device))
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = (sys.stdin.read() if sys.stdin else "") if args.prompt == "-" else args.prompt
     ids = [tokenizer.encode_single_token(END_OF_TEXT), *encode(tokenizer, prompt)]
     if len(ids) + args.tokens - 1 > (T := model.config.seq_len):
         print(f"the model sees the last {max(1, T // 2):,} to {T:,} tokens only", file=sys.stderr)
@@ -143,11 +143,16 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends it without a word
     if hasattr(sys.stdout, "reconfigure"):              # not in a notebook
         sys.stdout.reconfigure(errors="replace")        # where a character is lacking, "?"
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it without a word
     try:
         main()
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        sys.exit(f"sample.py: out of memory ({error!r:.300}): lower --samples")

@@ -83,6 +83,10 @@ class Training:
     compile: bool | None = None         # torch.compile what repeats; on CUDA if left out
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if value == "" or not isinstance(value, kind | int if isinstance(0.0, kind) else kind):
+                raise ValueError(f"--{field.name.replace('_', '-')} cannot be {value!r}")
         for name, known in (("preset", PRESETS), ("dtype", (None, "float32", "bfloat16", "float64"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)} is unknown: choose from "
@@ -95,16 +99,20 @@ class Training:
             if value is None:
                 setattr(self, name, value := usual.get(name))
             least = 0 if name in ZERO_OR_MORE else 1e-12
-            most = 1 if name in ("final_rate", "beta1", "beta2") else 2**63 - 1
+            most = dict(final_rate=1, beta1=1, beta2=1, tokens_per_step=2**27).get(name, 2**63 - 1)
             if type(value) in (int, float) and not least <= value <= most:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be "
                                  f"{'at least 0' if least == 0 else 'above 0'} and at most {most:g}")
 
 
+def only(settings: type, given: dict) -> dict:
+    """Those of the given that are fields of `settings`."""
+    return {field.name: given[field.name] for field in fields(settings) if field.name in given}
+
+
 def preset(name: str, **overrides) -> Config:
     """The shape called `name`, with any field overridden."""
-    shape = PRESETS[name].keys() & {field.name for field in fields(Config)}
-    return Config(**{key: PRESETS[name][key] for key in shape} | overrides)
+    return Config(**only(Config, PRESETS[name]) | overrides)
 
 
 def parse_arguments() -> dict:
@@ -165,6 +173,8 @@ def build(config: Config, t: Training) -> LanguageModel:
     """The model at its start. A file decides n_coords, base and d_seed too: by the shape of its codebooks."""
     try:
         given = read_start(t.start, t.data) if t.start else {}
+        if t.start and not (given and all(x.isfinite().all() for x in given.values())):
+            raise ValueError("it is empty, or its numbers are not finite")
         if config.model == "leviathan" and "embed_tokens.codebooks" in given:
             n_coords, base, d_seed = given["embed_tokens.codebooks"].shape
             config = replace(config, n_coords=n_coords, base=base, d_seed=d_seed)
@@ -189,6 +199,15 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("step-" + 8 * "[0-9]") if path.is_dir())
 
 
+def save_tensors(content, path: Path):
+    """What load_tensors reads; the file takes its name when it is whole. Raises OSError."""
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:       # torch.save's own, in place of the disk's
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
 def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, keep: int):
     """Write `out/step-…` aside and rename it when whole; then delete all but the newest `keep`."""
     folder, partial = out / f"step-{step:08d}", out / ".partial"
@@ -199,18 +218,15 @@ def save(out: Path, step: int, model, optimizer, about: dict, tokenizer: dict, k
             with written_whole(partial / name) as path:
                 path.write_text(json.dumps(content, indent=1), encoding="utf-8")
         for name, part in (("model.pt", model), ("optimizer.pt", optimizer)):
-            with written_whole(partial / name) as path, open(path, "wb") as file:
-                torch.save(part.state_dict(), file)
+            save_tensors(part.state_dict(), partial / name)
         shutil.rmtree(folder, ignore_errors=True)       # one that was found damaged
         os.replace(partial, folder)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError):          # torch.save raises its own in place of the disk's
-            error = error.__context__ or error
         raise ValueError(f"step {step} could not be saved in {out} ({error}): once that is mended, --resume "
                          "goes on from the checkpoint before") from error
     for old in [path for path in checkpoints(out) if path <= folder][:-keep]:       # later ones are damaged
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)          # a link, or what somebody reads or protects, stays
 
 
 def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
@@ -218,13 +234,20 @@ def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
     for folder in reversed(checkpoints(out)):
         try:
             about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if type(about["step"]) is not int or not about["data"] or not about["config"] | about["training"]:
+            Training(**only(Training, about["training"]))
+            if about["step"] != int(folder.name[5:]) or not about["data"]:
                 raise ValueError(f"{folder}: config.json lacks what train.py writes")
-            return about, load(folder), load_tensors(folder / "optimizer.pt")
+            model, moments = load(folder), load_tensors(folder / "optimizer.pt")
+            optimizer = torch.optim.AdamW(model.decay_groups(0))
+            optimizer.load_state_dict(moments)
+            if any(optimizer.state[p][name].shape != p.shape for p in model.parameters()
+                   for name in ("exp_avg", "exp_avg_sq")):      # which torch trusts
+                raise ValueError(f"{folder}: optimizer.pt is of another model")
+            return about, model, moments
         except (PermissionError, MemoryError):
             raise                           # it may be whole
         except Exception as error:          # of whatever a file holds
-            say(f"the checkpoint before {folder} is used, since that is damaged: {error}")
+            say(f"{folder} is damaged, so the one before it is looked for: {error}")
     raise ValueError(f"nothing to resume: no checkpoint in {out} is whole")
 
 
@@ -285,15 +308,18 @@ def run(held: ExitStack):
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-    out = Path(given.get("out") or f"out/{given.get('model', 'leviathan')}-{given.get('preset', 'nano')}")
+    out = Path(given.get("out", f"out/{given.get('model', 'leviathan')}-{given.get('preset', 'nano')}"))
     if resume and not out.is_dir():
         raise ValueError(f"nothing to resume: there is no {out}; name the run's folder with --out")
-    if not resume and out.exists() and {*os.listdir(out)} - {".lock", "lost+found"}:
+    inside = {*os.listdir(out)} - {".lock", "lost+found"} if out.exists() else set()
+    if inside and not resume:
         raise ValueError(f"{out} is not empty: go on with --resume, or name another folder with --out")
+    if resume and not checkpoints(out) and inside - {"log.jsonl", ".log.jsonl.tmp", ".partial"}:
+        raise ValueError(f"nothing to resume: no checkpoint in {out}, but other files; name the run's folder")
     if resume and rank == 0:
         held.enter_context(locked(out))     # before anything is read
     settings, about = given, None
-    if resume and checkpoints(out):         # else it was killed before its first: begin again
+    if resume and checkpoints(out):         # else it was stopped before its first: begin again
         about, model, moments = newest_whole(out, say)
         say(f"resumed  after step {about['step']:,} of {out}")
         settings = about["config"] | about["training"]
@@ -302,8 +328,7 @@ def run(held: ExitStack):
                 raise ValueError(f"--{name.replace('_', '-')} is {given[name]}, but the run in {out} has "
                                  f"{settings.get(name)}: start another run with --out")
         settings |= given
-    t = Training(**{field.name: settings[field.name] for field in fields(Training) if field.name in settings})
-    shape = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
+    t, shape = Training(**only(Training, settings)), only(Config, settings)
     config = preset(t.preset, **shape)      # raises before any data is prepared
     device = choose_device(t.device, local_rank)
     if device.type == "cuda":
@@ -318,11 +343,11 @@ def run(held: ExitStack):
         dist.barrier()
     meta = read_meta(t.data)
     tokenizer = tokenizer_from_json(meta["tokenizer"])
+    if about and about["data"] != meta["identity"]:
+        raise ValueError(f"{t.data} is not what the run in {out} was trained on: name that with --data")
     if shape.setdefault("vocab_size", tokenizer.n_vocab) != tokenizer.n_vocab:
         raise ValueError(f"--vocab-size {shape['vocab_size']}: leave it out, for {t.data} has a tokenizer of "
                          f"{tokenizer.n_vocab:,} ids, or prepare data with another one")
-    if about and about["data"] != meta["identity"]:
-        raise ValueError(f"{t.data} is not what the run in {out} was trained on: name that with --data")
 
     # ---- model -----------------------------------------------------------------------------------------
     if not about:
@@ -333,10 +358,7 @@ def run(held: ExitStack):
     optimizer = torch.optim.AdamW(model.decay_groups(t.weight_decay), lr=t.learning_rate,
                                   betas=(t.beta1, t.beta2), fused=device.type != "mps")
     if about:
-        try:
-            optimizer.load_state_dict(moments)
-        except Exception as error:          # of whatever the file holds
-            raise ValueError(f"optimizer.pt in {out} is not of this model ({error!r})") from error
+        optimizer.load_state_dict(moments)
 
     # ---- layout: windows of a step -> ranks -> micro-batches -------------------------------------------
     train_windows, val_windows = (Windows(t.data, split, config.seq_len) for split in ("train", "val"))
@@ -401,9 +423,9 @@ def run(held: ExitStack):
         for line in log_path.read_text(errors="replace").splitlines() if log_path.exists() else ():
             try:
                 entry = json.loads(line)
-                if entry["step"] <= step and entry["tokens"] and entry["loss"]:
-                    log.append(entry)
-            except (ValueError, TypeError, KeyError):
+                known = math.isfinite(entry["tokens"] + entry["loss"] + entry.get("val_loss", 0))
+                log += [entry] * (known and entry["step"] <= step)
+            except Exception:               # of whatever it holds
                 say(f"{log_path}: a damaged line is left out")
         with written_whole(log_path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -416,6 +438,10 @@ def run(held: ExitStack):
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:  # of nohup
             held.callback(signal.signal, number, signal.signal(number, finish_step))
+
+    def diverged(step: int, what: str) -> ValueError:
+        return ValueError(f"step {step}: {what}. Try a lower --learning-rate or more --warmup-steps; last "
+                          f"saved: {max(checkpoints(out), default='nothing')}")
 
     def read(step: int):
         """This rank's windows of a step, whose order depends on nothing but its number."""
@@ -437,9 +463,7 @@ def run(held: ExitStack):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip).item()
         loss, stops = total(loss.item(), float(stop))
         if not math.isfinite(loss + norm):
-            saved = max(checkpoints(out), default="nothing")
-            raise ValueError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. Try a lower "
-                             f"--learning-rate or more --warmup-steps; last saved: {saved}")
+            raise diverged(step + 1, f"the loss is {loss}, the gradient's norm {norm}")
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -449,8 +473,10 @@ def run(held: ExitStack):
         line = dict(step=step, tokens=step * t.tokens_per_step, loss=loss, lr=rate, grad_norm=norm,
                     tokens_per_second=speed)
         if step % t.eval_every == 0 or step == t.steps:
-            line["val_loss"] = evaluate()
-            say(f"step {step:>6,}  loss {loss:.4f}  validation {line['val_loss']:.4f}  {speed:,.0f} tokens/s")
+            if not math.isfinite(val_loss := evaluate()):
+                raise diverged(step, f"the validation loss is {val_loss}")
+            line["val_loss"] = val_loss
+            say(f"step {step:>6,}  loss {loss:.4f}  validation {val_loss:.4f}  {speed:,.0f} tokens/s")
         if rank == 0:
             log.append(line)
             with open(log_path, "a") as file:
@@ -487,6 +513,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")
     except (RuntimeError, MemoryError) as error:        # of CUDA, of the CPU's allocator, of numpy
-        if "memory" not in repr(error).lower():
+        if not re.search("memory|overflow", repr(error), re.IGNORECASE):
             raise
         sys.exit(f"train.py: out of memory ({error!r:.300}): lower --micro-batch, or take a smaller model")

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from leviathan import digits, smallest_base
-from prepare_pile import Windows, quiet, read_counts, read_meta, written_whole
+from prepare_pile import Windows, quiet, read_counts, read_meta
+from train import save_tensors
 
 BASE = 256                      # of digits learned with their codebooks: rows are cheap, and more fit better
 OFFSETS = (-2, -1, 1, 2)        # places of the context
@@ -183,7 +184,7 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
     V, rng = len(counts), torch.Generator().manual_seed(seed)
     base = base or max(smallest_base(V, n_coords), 1 if noise or addresses != "learned" else min(BASE, V))
     if not V <= base**n_coords < 2**63 // V or base > V:
-        raise ValueError(f"{n_coords} digits of base {base:,} do not suit {V:,} tokens: leave base out")
+        raise ValueError(f"{n_coords} digits of base {base:,} do not suit {V:,} tokens: choose others")
     vectors = token_vectors(ppmi(cooccurrence(Windows(data, "train", 1), counts, sample)), d_seed, seed)
     if not vectors.any():
         raise ValueError(f"in {data} no two tokens attract each other: take a larger --sample, or more text")
@@ -215,8 +216,7 @@ def write(path: Path, data, **settings):
     """start(data, **settings), as a file that says for which tokenizer it is."""
     path.parent.mkdir(parents=True, exist_ok=True)          # before the work
     found = start(data, **settings) | {"tokenizer": read_meta(data)["tokenizer"]["sha256"]}
-    with written_whole(path) as partial:
-        torch.save(found, partial)
+    save_tensors(found, path)
 
 
 def main():

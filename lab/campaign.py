@@ -25,8 +25,8 @@ import torch
 
 from lab import addresses, generators
 from leviathan import GENERATORS, Config, load, newest_checkpoint
-from prepare_pile import locked, prepare_stdlib, read_counts, read_meta, written_whole
-from train import PRESETS, Training
+from prepare_pile import locked, naming, prepare_stdlib, read_counts, read_meta, written_whole
+from train import PRESETS, Training, save_tensors
 
 ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # train.py, with more generators
 STARTS = {      # {name} or {name@scale} is a file that lab.addresses writes of the data with these settings,
@@ -73,6 +73,7 @@ MAKING = Lock()
 
 def ready(flags: list[str], out: Path) -> list:
     """The flags with a file for each {name}. Makes it, and the default data, where it is not there."""
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag[:2] == "--" else [flag])]
     given = dict(zip(flags, flags[1:]))                 # behind a flag stands its value
     data, d_seed = given.get("--data", Training.data), int(given.get("--d-seed", Config.d_seed))
     preset = PRESETS.get(given.get("--preset"), PRESETS[Training.preset])   # an unknown one train.py refuses
@@ -90,9 +91,8 @@ def ready(flags: list[str], out: Path) -> list:
                 x, y = map(float, scale.split(","))
                 flags[i].parent.mkdir(parents=True, exist_ok=True)
                 made = GENERATORS[kind](len(read_counts(data)), d_model, d_seed=d_seed)
-                with torch.no_grad(), written_whole(flags[i]) as path:
-                    torch.save({"embed_tokens.codebooks": x * made.codebooks,
-                                "embed_tokens.seed_proj.weight": y * made.seed_proj.weight}, path)
+                save_tensors({"embed_tokens.codebooks": x * made.codebooks.data,
+                              "embed_tokens.seed_proj.weight": y * made.seed_proj.weight.data}, flags[i])
             else:
                 how = dict(model="lev" if kind == "lev" else "leviathan") | STARTS[name]
                 how |= dict(scale=float(scale)) if scale else {}
@@ -104,7 +104,7 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
     """One run, made if it is not there. -> settings, "folder", evaluations as "log"; None: no time for it"""
     slug = re.sub("[^a-z0-9.]+", "-", flags.removeprefix("--model ")).strip("-")
     folder, file = (out / "runs" / f"{slug}.seed-{seed}{suffix}" for suffix in ("", ".jsonl"))
-    if not file.exists():
+    if new := not file.exists():
         if time.monotonic() > deadline:
             return None
         given = [*ready([*shlex.split(shared), *flags.split()], out), "--seed", str(seed), "--out", folder,
@@ -125,9 +125,14 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
             lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             path.write_text(json.dumps(head) + "\n" + "".join(line for line in lines if "val_loss" in line))
         (checkpoint / "optimizer.pt").unlink()
-        print(f"{json.loads(lines[-1])['val_loss']:.4f}  seed {seed}  {flags}", flush=True)
-    head, *log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return head | dict(folder=folder, log=[line for line in log if "val_loss" in line])
+    with naming(file, "remove it and the folder beside it, and the same command runs it again"):
+        head, *log = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        log = [line for line in log if "val_loss" in line]
+        if log[-1]["step"] != head["training"]["steps"]:
+            raise ValueError("its last evaluation is missing")
+    if new:
+        print(f"{log[-1]['val_loss']:.4f}  seed {seed}  {flags}", flush=True)
+    return head | dict(folder=folder, log=log)
 
 
 def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minutes=float("inf")) -> dict:
@@ -233,8 +238,9 @@ def main():
             tables.append(f"{title}\n\n{as_table(variants)}\n")
             if name not in SWEEPS:
                 draw(variants, args.out / f"{name}.png", title)
-    print("\n" + "\n".join(tables))
-    (args.out / "tables.md").write_text("\n".join(tables), encoding="utf-8")
+    if tables:
+        (args.out / "tables.md").write_text("\n".join(tables), encoding="utf-8")
+        print("\n" + "\n".join(tables))
 
 
 if __name__ == "__main__":

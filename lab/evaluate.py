@@ -27,6 +27,7 @@ from prepare_pile import (
     quiet,
     read_counts,
     read_index,
+    read_meta,
     token_bytes,
     tokenizer_from_json,
 )
@@ -36,6 +37,12 @@ TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**13, 2**22
 RESAMPLES = 2_000               # of the bootstrap
 FEWEST = 10                     # documents from which an interval is formed
 FREQUENCIES = ["never seen", "decile 1, the rarest", *(f"decile {d}" for d in range(2, 11))]
+
+
+def check_tokenizer(tokenizer, data, name):
+    """Raises ValueError where the prepared folder `data` has another one, however many ids."""
+    if token_bytes(tokenizer_from_json(read_meta(data)["tokenizer"])) != token_bytes(tokenizer):
+        raise ValueError(f"{data} has another tokenizer than {name}: use the data that it was trained on")
 
 
 # ---- losses ------------------------------------------------------------------------------------------------
@@ -189,14 +196,12 @@ def main():
     found = [read_checkpoint(path)[1:] for path in names]       # all before the work, but one model in memory
     data = args.data or found[0][1]
     windows, counts = Windows(data, args.split, 1), read_counts(data)   # of one token: short splits will do
-    spelling = token_bytes(tokenizer := tokenizer_from_json(windows.meta["tokenizer"]))
-    for path, (other, _) in zip(names, found):
-        if token_bytes(other) != spelling:
-            raise ValueError(f"{path} has another tokenizer than {data}: name --data of its own")
+    for path, (tokenizer, _) in zip(names, found):
+        check_tokenizer(tokenizer, data, path)
     if args.lambada:
         texts = [text or "" for text, _ in documents(args.lambada, "jsonl", skip_bad=True)] or [""]
         if bad := [n for n, text in enumerate(texts, start=1) if " " not in text]:
-            raise ValueError(f'{args.lambada}:{bad[0]} is no JSON such as {{"text": "... the last word"}}')
+            raise ValueError(f'{args.lambada}: document {bad[0]} is no JSON such as {{"text": "... a word"}}')
     if args.out:
         Path(os.path.realpath(args.out)).mkdir(parents=True, exist_ok=True)     # what a link points to
         if any(args.out.iterdir()):
@@ -205,7 +210,7 @@ def main():
     sums, words = [], []
     for path in names:
         model = read_checkpoint(path, device)[0].materialize()
-        columns, part, weights = evaluate(model, windows, spelling, counts, path)
+        columns, part, weights = evaluate(model, windows, token_bytes(tokenizer), counts, path)
         sums.append(part)
         words += [lambada(model, tokenizer, texts, path)] if args.lambada else []
     rows = compare(columns, sums, weights)
@@ -213,12 +218,12 @@ def main():
         columns = [("LAMBADA", "nats of the last word"), ("LAMBADA", "share predicted right")]
         rows += compare(columns, words, np.ones((len(texts), 2)))
     table = f"{data}, {args.split}\n\n{as_markdown(names, rows)}"
-    print(table)
     if args.out:
         (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
         (args.out / "numbers.json").write_text(json.dumps(dict(checkpoints=names, rows=rows), indent=1))
         if len(names) > 1:
             draw(names, rows, args.out / "frequency.png")
+    print(table)                # last: a terminal may refuse it
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ def main():
     for path in (args.json, args.plot):
         if path.exists() or not path.parent.is_dir():
             raise ValueError(f"{path} is there already, or its folder is not: name another file")
-    if args.rounds < 1 or args.plot.suffix != ".png":
-        raise ValueError("--rounds must be at least 1, and --plot end in .png")
+    if args.rounds < 1 or args.plot.suffix != ".png" or args.tokens % (4 * WINDOW):
+        raise ValueError("--rounds must be at least 1, --plot end in .png, and --tokens be a multiple of "
+                         f"{4 * WINDOW}")
     device = choose_device(args.device)
     crossing = {name: getattr(args, name) for name in AXES}
 

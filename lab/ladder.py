@@ -9,6 +9,7 @@ its own rate, then its own warm-up, on one seed; on the others it has the same, 
 """
 import argparse
 import math
+import shlex
 import sys
 import time
 from collections import Counter
@@ -133,13 +134,13 @@ def experiments(rungs: list[int], best: dict, names) -> dict[str, dict[str, str]
 
 # ---- what came out -----------------------------------------------------------------------------------------
 
-def by_size(found: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters and last losses of a model on each rung that has it. -> (rungs), (rungs, seeds in common)"""
-    runs = [variants[name] for variants in found.values() if name in variants]
-    seeds = set.intersection(*({run["seed"] for run in own} for own in runs)) if runs else {}
-    sizes = [sum(own[0]["parameters"].values()) for own in runs]
-    losses = [[run["log"][-1]["val_loss"] for run in own if run["seed"] in seeds] for own in runs]
-    return np.array(sizes), np.array(losses)
+def by_size(found: dict, name: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """A model on the rungs that have it. -> parameters (rungs), last losses {seed that all have: (rungs)}"""
+    rungs = [variants[name] for variants in found.values() if name in variants]
+    sizes = np.array([sum(runs[0]["parameters"].values()) for runs in rungs])
+    losses = [{run["seed"]: run["log"][-1]["val_loss"] for run in runs} for runs in rungs]
+    seeds = set.intersection(*map(set, losses)) if losses else ()
+    return sizes, {seed: np.array([own[seed] for own in losses]) for seed in sorted(seeds)}
 
 
 def power_law(sizes, losses):
@@ -148,12 +149,10 @@ def power_law(sizes, losses):
 
 
 def multiples(found: dict, name: str, of: str = "dense") -> np.ndarray:
-    """How many times its own size a dense model needs for the same loss. -> (rungs, seeds in common)"""
-    sizes, losses = by_size(found, of)
-    own_sizes, own = by_size(found, name)
-    laws = [power_law(sizes, losses[:, seed]) for seed in range(min(losses.shape[1], own.shape[1]))]
-    equal = [np.exp((np.log(own[:, seed]) - a) / b) for seed, (b, a) in enumerate(laws)]
-    return np.stack(equal, axis=1) / own_sizes[:, None]
+    """How many times its own size a dense model needs for the same loss. -> (seeds of both, rungs)"""
+    (sizes, dense), (own_sizes, own) = by_size(found, of), by_size(found, name)
+    laws = {seed: power_law(sizes, dense[seed]) for seed in own if seed in dense}
+    return np.array([np.exp((np.log(own[seed]) - a) / b) / own_sizes for seed, (b, a) in laws.items()])
 
 
 def repeated(found: dict) -> list[str]:
@@ -171,7 +170,7 @@ def summary(found: dict) -> str:
         losses = [[run["log"][-1]["val_loss"] for run in v.get(name, ())] for v in found.values()]
         cells = [spread(own) if own else "" for own in losses]
         for times in (multiples(found, name, of=twin) for twin in TWINS):
-            cells.append(f"{times.min():.2f} to {times.max():.2f}")
+            cells.append(f"{times.min():.2f} to {times.max():.2f}" if times.size else "")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -191,11 +190,14 @@ def draw(found: dict, path: Path):
         style = dict(color=colors[name.replace(",", " ").split()[0]], ms=6,
                      marker="v" if "1/20" in name else "os^D"[kind])
         sizes, losses = by_size(found, name)
-        order, spans = sizes.argsort(), [losses.mean(1) - losses.min(1), losses.max(1) - losses.mean(1)]
-        left.errorbar(sizes[order] / 1e6, losses.mean(1)[order], np.array(spans)[:, order], label=name,
-                      ls="" if name in TWINS else ":", lw=0.8, **style)
+        if not losses:                                  # no seed that all its rungs have
+            continue
+        losses = np.array([*losses.values()])           # (seeds, rungs)
+        spans = losses.mean(0) - losses.min(0), losses.max(0) - losses.mean(0)
+        left.errorbar(sizes / 1e6, losses.mean(0), spans, label=name, ls="" if name in TWINS else ":", lw=0.8,
+                      **style)
         if name in TWINS:
-            b, a = power_law(sizes, losses.mean(1))
+            b, a = power_law(sizes, losses.mean(0))
             line = np.geomspace(sizes.min() / 1.2, 1.1 * max(sum(run["parameters"].values())
                                                             for run, *_ in largest.values()), 50)
             left.plot(line / 1e6, np.exp(a + b * np.log(line)), lw=1, color=style["color"])
@@ -235,22 +237,22 @@ def main():
     end = time.monotonic() + 60 * args.minutes
 
     def run(wanted: dict, seeds: int) -> dict:
-        return campaign(wanted, f"--data {args.data} {args.train}".strip(), seeds, args.out, args.jobs,
-                        (end - time.monotonic()) / 60)
+        shared = f"--data {shlex.quote(args.data)} {args.train}".strip()
+        return campaign(wanted, shared, seeds, args.out, args.jobs, (end - time.monotonic()) / 60)
 
     swept = {name for name, others in relatives(32).items() if {*others} & {*args.models}} | {*args.models}
     best, table = sweep(run, swept)
-    found = run(experiments(args.rungs, best, args.models), args.seeds)
+    found = run(experiments(sorted(args.rungs), best, args.models), args.seeds)
     found = {title: variants for title, variants in found.items() if variants}
     tables = [f"{title}\n\n{as_table(variants)}" for title, variants in found.items()]
     compared = len(found) > 2 and all({*TWINS} <= variants.keys() for variants in found.values())
     if compared:
         tables.insert(0, summary(found))
-    print("\n" + "\n\n".join(tables))
     (args.out / "sweep.md").write_text(table + "\n", encoding="utf-8")
     (args.out / "tables.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     if compared:
         draw(found, args.out / "ladder.png")
+    print("\n" + "\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from torch.func import functional_call
 
 from lab.addresses import summed
 from lab.campaign import spread
-from lab.evaluate import token_losses
+from lab.evaluate import check_tokenizer, token_losses
 from leviathan import LanguageModel, newest_checkpoint
-from prepare_pile import Windows, read_counts
+from prepare_pile import Windows
 from sample import read_checkpoint
 
 BEFORE, AFTER = 32, 16          # tokens of a sentence that stand before and behind the new one
@@ -123,11 +123,12 @@ def methods(embed, pairs) -> dict:
 def study(run: Path, words: int, examples: list[int]) -> list[dict]:
     """Every method on one model. -> lines: nats of a `sentence`, and of a token `following` the new one"""
     model, tokenizer, data = read_checkpoint(run)
+    check_tokenizer(tokenizer, data, run)
     train, val = (Windows(data, split, 1) for split in ("train", "val"))
     embed, c, V = model.requires_grad_(False).embed_tokens, model.config, model.config.vocab_size
-    if c.model == "dense" or c.seq_len < BEFORE + AFTER + 1 or len(read_counts(data)) != V:
-        raise ValueError(f"{run} must have an untied head, {BEFORE + AFTER + 1} tokens of context and the "
-                         f"vocabulary of {data}: name another run")
+    if c.model == "dense" or c.seq_len < BEFORE + AFTER + 1:
+        raise ValueError(f"{run} must have an untied head and {BEFORE + AFTER + 1} tokens of context: name "
+                         "another run")
     training = json.loads((newest_checkpoint(run) / "config.json").read_text(encoding="utf-8"))["training"]
     name = f"{c.generator}, width {c.mode_width}, base {embed.base}" if c.model == "leviathan" else c.model
     name += f", {Path(training['start']).stem}" if training.get("start") else ""
@@ -143,8 +144,9 @@ def study(run: Path, words: int, examples: list[int]) -> list[dict]:
     outputs = model.lm_head.weight[pairs[:, 0]]         # at first predicted where its first piece was
 
     def line(method, n, rate, nats, behind):
-        return dict(model=name, seed=training.get("seed"), method=method, examples=n, rate=rate, words=words,
-                    sentence=nats.sum(-1).mean().item(), following=nats[..., behind:].mean().item())
+        return dict(run=str(run), model=name, seed=training.get("seed"), method=method, examples=n, rate=rate,
+                    words=words, sentence=nats.sum(-1).mean().item(),
+                    following=nats[..., behind:].mean().item())
 
     lines = [line(AS_TWO, 0, None, nats(model, pieces), BEFORE + 1)]
     for method, (inputs, fitted) in methods(embed, pairs).items():
@@ -160,11 +162,11 @@ def as_table(lines: list[dict]) -> str:
     """Markdown: nats beyond those of the model that reads two tokens; ± one standard deviation of seeds."""
     rows = ["| model | input of the new token | sentences | nats of one | of a following token | runs |",
             "|---" * 6 + "|"]
-    two = {(line["model"], line["seed"]): line for line in lines if line["method"] == AS_TWO}
+    two = {line["run"]: line for line in lines if line["method"] == AS_TWO}
     for kind in dict.fromkeys((line["model"], line["method"], line["examples"]) for line in lines):
         own = [line for line in lines if (line["model"], line["method"], line["examples"]) == kind]
         less = kind[1] != AS_TWO
-        cells = [spread([line[key] - less * two[kind[0], line["seed"]][key] for line in own], "+" * less)
+        cells = [spread([line[key] - less * two[line["run"]][key] for line in own], "+" * less)
                  for key in ("sentence", "following")]
         rows.append(f"| {kind[0]} | {kind[1]} | {kind[2] or ''} | {' | '.join(cells)} | {len(own)} |")
     return "\n".join(rows)

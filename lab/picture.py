@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+from lab.evaluate import check_tokenizer
 from leviathan import Modes, digits, spline_basis
-from prepare_pile import read_counts, read_meta, token_bytes, tokenizer_from_json, written_whole
+from prepare_pile import read_counts, token_bytes, written_whole
 from sample import read_checkpoint
 
 WORDS = 1_000           # frequent words that span the map, ...
@@ -93,12 +94,10 @@ def main():
     model, tokenizer, data = found[0]
     if model.config.model != "leviathan":
         raise ValueError(f"{args.checkpoint} is {model.config.model}, with no generator: name it with --twin")
-    if token_bytes(found[-1][1]) != token_bytes(tokenizer):
-        raise ValueError(f"{args.twin} has another tokenizer: name a twin trained on the same data")
-    spelling, counts = token_bytes(tokenizer), read_counts(data)
-    same = token_bytes(tokenizer_from_json(read_meta(data)["tokenizer"])) == spelling
-    if not same or len(words := frequent_words(spelling, counts)) < ANCHORS:
-        raise ValueError(f"{data} has another tokenizer, or hardly any words: there is nothing to show")
+    for path, (_, own, _) in zip(paths, found):
+        check_tokenizer(own, data, path)
+    if len(words := frequent_words(token_bytes(tokenizer), read_counts(data))) < ANCHORS:
+        raise ValueError(f"{data} has hardly any words: there is nothing to show")
 
     matplotlib.rc("axes", titlesize=10, labelsize=9)
     fig = Figure(figsize=(13, 9))

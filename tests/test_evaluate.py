@@ -149,7 +149,7 @@ def test_bad_input(tiny_data, data, saved, run, tmp_path):
         run(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no prepared data in .*nowhere"):
         run(tmp_path, "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
-    with pytest.raises(ValueError, match="has another tokenizer than .*: name --data of its own"):
+    with pytest.raises(ValueError, match="has another tokenizer than .*: use the data that it was trained"):
         run(tmp_path, "--data", data, "--out", tmp_path / "out")
     about = tmp_path / "step-00000002/config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | dict(training=3)))

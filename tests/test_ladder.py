@@ -97,7 +97,12 @@ def test_a_power_law_by_hand(monkeypatch, tmp_path):
         "dense": [(n, 8 * n**-0.25), (n, 8.8 * n**-0.25)], "dense-untied": [(n, 8 * n**-0.25)] * 2,
         "v1": [(n, 8 * (n * k)**-0.25), (n, 8.8 * (n * k)**-0.25)]} for n, k in zip(sizes, times)})
     found["10000"]["bits"] = found["10000"]["v1"]
-    np.testing.assert_allclose(ladder.multiples(found, "v1"), [[1, 1], [2, 2], [4, 4]])
+    np.testing.assert_allclose(ladder.multiples(found, "v1"), [times, times])
+    for variants in found.values():             # a run that diverged is left out: the other is paired
+        variants["v1, one seed"] = variants["v1"][1:]
+    np.testing.assert_allclose(ladder.multiples(found, "v1, one seed"), [times])
+    found["10000"]["v1, no seed in common"] = found["10000"]["v1"][:1]
+    found["40000"]["v1, no seed in common"] = found["40000"]["v1"][1:]
     monkeypatch.setattr(ladder, "campaign", lambda *_: found)
     monkeypatch.setattr(ladder, "sweep", lambda *_: (BEST, "how it was swept"))
     monkeypatch.setattr(ladder, "read_counts", lambda _: np.zeros(ladder.V))
@@ -107,6 +112,7 @@ def test_a_power_law_by_hand(monkeypatch, tmp_path):
     tables = (tmp_path / "tables.md").read_text()
     assert "| v1 | 0.840 ± 0.057 | 0.499 ± 0.034 | 0.297 ± 0.020 | 1.00 to 4.00 | 0.68 to 4.00 |" in tables
     assert "| dense-untied | 0.01 | 0.00 | 0.800 ± 0.000 | -0.040 ± 0.057 | 2 |" in tables
+    assert "| v1, no seed in common | 0.800 | 0.523 |  |  |  |" in tables
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
 

@@ -152,9 +152,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(copy, tiny_data, 
     content[len(content) // 2] ^= 1
     path.write_bytes(content[:int(left * len(content))])
     assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
-    said = f"the checkpoint before {path.parent} is used, since that is damaged: "
+    said = f"{path.parent} is damaged, so the one before it is looked for: "
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]) == 1
     assert sorted(os.listdir(copy)) == sorted(os.listdir(whole))
+
+
+def test_what_is_not_of_this_run_is_taken_for_damaged(copy, tiny_data, whole, capsys):
+    """Moments of another width, which torch does not look at; a step, or a type, that cannot be."""
+    folder = copy / "step-00000008"
+    before = {name: (folder / name).read_bytes() for name in ("optimizer.pt", "config.json")}
+    state = torch.load(folder / "optimizer.pt")
+    state["state"][0] = {name: torch.zeros(3, 3) for name in state["state"][0]}
+    torch.save(state, folder / "optimizer.pt")
+    assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
+    for old, new in ((b'"step": 8', b'"step": 2'), (b'"steps": 8', b'"steps": "8"')):
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+        (folder / "config.json").write_bytes(before["config.json"].replace(old, new))
+        assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
+    assert capsys.readouterr().out.count("is damaged, so the one before it is looked for: ") == 3
 
 
 def test_where_no_checkpoint_is_whole(copy, tiny_data, whole):
@@ -166,7 +182,11 @@ def test_where_no_checkpoint_is_whole(copy, tiny_data, whole):
         run(copy, tiny_data, *EIGHT, "--resume")
     assert sorted(copy.rglob("*")) == before
     shutil.rmtree(copy / "step-00000008")
-    (copy / "step-00000004").rename(copy / ".partial")
+    (copy / "step-00000004").rename(copy / "best")
+    with pytest.raises(ValueError, match="nothing to resume: no checkpoint in .*copy, but other files"):
+        run(copy, tiny_data, *EIGHT, "--resume")
+    (copy / "curves.png").unlink()          # which a run that was stopped early has not
+    (copy / "best").rename(copy / ".partial")
     assert run(copy, tiny_data, *EIGHT, "--resume") == result(whole)
     assert sorted(os.listdir(copy)) == sorted(os.listdir(whole))
 
@@ -193,7 +213,9 @@ def test_a_run_into_a_link_that_dangles(tiny_data, whole):
     assert run("run", tiny_data, *EIGHT) == result(whole) == result(Path("elsewhere/there"))
 
 
-@pytest.mark.parametrize("damage", ['{"step": 3, "to', '[1]\n7\n{}\n{"step": 1}\n{"step": "3"}\n\x80', None])
+@pytest.mark.parametrize("damage", [
+    '{"step": 3, "to', '[1]\n7\n{}\n{"step": 1}\n{"step": "3"}\n\x80', "[" * 100_000,
+    '{"step": 3, "tokens": {}, "loss": 1}\n{"step": 3, "tokens": 1, "loss": []}', None])
 def test_a_damaged_log_is_survived(copy, tiny_data, whole, damage):
     """Behind its second line, or all of it lost; of a finished run, and of one that is not."""
     expected, path = result(whole)["log"], copy / "log.jsonl"
@@ -273,8 +295,9 @@ def test_a_users_copies_are_neither_deleted_nor_resumed(copy, tiny_data):
     for name in names:
         shutil.copytree(copy / "step-00000004", copy / name)
     shutil.rmtree(copy / "step-00000008")
+    (copy / "step-00000001").symlink_to(copy / names[0])        # moved elsewhere
     (copy / "step-12345678").write_text("a file")
-    names.append("step-12345678")
+    names += ["step-12345678", "step-00000001"]
     assert len(run(copy, tiny_data, *EIGHT, "--resume", "--keep", "2", "--save-every", "1")["log"]) == 8
     assert {path.name for path in copy.glob("step-*")} == {*names, "step-00000007", "step-00000008"}
 
@@ -334,12 +357,21 @@ def test_the_same_command_goes_on(tiny_data, flags, n_layers):
     assert run("run", tiny_data, *EIGHT, *flags.split(), "--resume") == expected
 
 
+@pytest.mark.parametrize("what", [dict(start=""), dict(steps=1.5), dict(keep="2"), dict(device=3)])
+def test_settings_of_another_type(what):
+    """Such as an empty $START, or a config.json that was changed by hand."""
+    name, value = *what, *what.values()
+    with pytest.raises(ValueError, match=f"--{name} cannot be {value!r}"):
+        Training(**what)
+
+
 @pytest.mark.parametrize("model, content", [
     ("leviathan", {"embed_tokens.codebooks": torch.ones(3, 2, 8)}), ("leviathan", {"size": torch.ones(1)}),
     ("leviathan", {"embed_tokens.addresses": torch.zeros(300).long()}),
     ("leviathan", {"embed_tokens.addresses": torch.arange(300) - 1}),
     ("leviathan", {"embed_tokens.addresses": torch.arange(300) + 44}),      # 7 ** 3 are there
     ("leviathan", {"embed_tokens.addresses": torch.arange(300.0)}), ("leviathan", [1]), ("leviathan", None),
+    ("leviathan", {}), ("dense", {"lm_head.weight": torch.full((300, 32), torch.nan)}),
     ("dense", CODEBOOKS), ("dense-untied", {"embed_tokens.weight": torch.ones(9, 32)})])
 def test_a_start_that_does_not_fit(tiny_data, model, content):
     Path("start.pt").write_text("text") if content is None else torch.save(content, "start.pt")
@@ -403,6 +435,9 @@ def test_a_loss_that_is_not_finite(copy, tiny_data):
     with mock.patch.object(train, "learning_rate", lambda *_: float("nan")), \
             pytest.raises(ValueError, match=r"^step 6: the loss is nan.*learning-rate.*copy/step-00000004$"):
         run(copy, tiny_data, *EIGHT, "--resume")
+    with mock.patch.object(train, "learning_rate", lambda step, t: 1e-3 if step < 7 else 1e30), \
+            pytest.raises(ValueError, match="^step 8: the validation loss is nan.*run/step-00000004$"):
+        run("run", tiny_data, *EIGHT)
 
 
 def test_more_ranks_than_gpus(monkeypatch):
