@@ -64,6 +64,9 @@ def test_a_campaign_is_gone_on_with(ran, tmp_path, tiny_data, monkeypatch, capsy
     assert "| dense | 0.00 | 0.00 | 3.500 ± 0.707 |  | 2 |" in tables
     assert "| v1 | 0.00 | 0.00 | 4.000 ± 0.707 | +0.500 ± 0.000 | 2 |" in tables
     assert (tmp_path / "out/one.png").stat().st_size > 10_000 and not (tmp_path / "out/rate.png").exists()
+    (tmp_path / "out/runs/dense.seed-0.jsonl").write_text("{}")         # the other is there still
+    run(monkeypatch, *flags, "one")
+    assert "dense.seed-0.jsonl is missing, damaged or other data" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is of --train .*: change --out"):
         run(monkeypatch, *flags, "one", "--train", f"--data {tiny_data} --beta1 0.8")
     monkeypatch.setattr(campaign, "read_meta", lambda data: dict(identity="of other text"))
@@ -118,7 +121,7 @@ def test_with_train_itself(tiny_data, tmp_path, monkeypatch):
     assert own.shape == (300, 256)
     torch.testing.assert_close(own * 0.5, smaller)
     for kind, rows in ("v1", 16), ("lev", 8 * 16):
-        paced = torch.load(campaign.ready(f"--generator {kind} --d-seed 16 --d-model 8 --data {tiny_data} "
+        paced = torch.load(campaign.ready(f"--generator {kind} --d-seed=16 --d-model 8 --data {tiny_data} "
                                           "--start {pace@0.5,0.2}".split(), tmp_path)[-1])
         assert paced["embed_tokens.seed_proj.weight"].shape == (rows, 16)
         assert [x.std().item() for x in paced.values()] == pytest.approx([0.5, 0.2], rel=0.15)

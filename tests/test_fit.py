@@ -25,7 +25,7 @@ def test_few_rows_are_fitted_by_frequency(monkeypatch):
 
 def test_from_a_run_to_a_start(saved, tiny_data, tmp_path, monkeypatch, capsys):
     twin = saved(Config(**TINY | dict(vocab_size=300, model="dense-untied")), tmp_path / "twin")
-    words = f"lab.fit {tmp_path / 'twin'} --out {tmp_path / 'x.pt'} --d-seed 8 --mode-width 2 --steps 3"
+    words = f"lab.fit {tmp_path / 'twin'} --out {tmp_path / 'x.pt'} --d-seed 8 --mode-width 2 --steps 10"
     monkeypatch.setattr(sys, "argv", words.split())
     fit.main()
     assert " numbers for " in capsys.readouterr().out
@@ -35,3 +35,10 @@ def test_from_a_run_to_a_start(saved, tiny_data, tmp_path, monkeypatch, capsys):
     assert not torch.equal(model.embed_tokens.table(), TokenGenerator(300, twin.config.d_model).table())
     with pytest.raises(ValueError, match="x.pt exists: name another"):
         fit.main()
+    torch.save({"embed_tokens.weight": torch.ones(300, 8)}, tmp_path / "table.pt")
+    for more, message in ((f"--start {tmp_path / 'table.pt'}", "does not fit here: .* no embed_tokens.weig"),
+                          ("--rate 1e30", "the fit diverged at --rate 1e")):
+        monkeypatch.setattr(sys, "argv", f"{words.replace('x.pt', 'y.pt')} {more}".split())
+        with pytest.raises(ValueError, match=message):
+            fit.main()
+    assert not (tmp_path / "y.pt").exists()

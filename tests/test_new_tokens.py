@@ -97,6 +97,14 @@ def test_from_runs_to_a_table(saved, tmp_path, monkeypatch, capsys):
         new_tokens.main()
 
 
+def test_differences_are_paired_by_run():
+    """Two of one name and seed, such as a shorter one."""
+    lines = [dict(run=run, model="v1", seed=0, method=method, examples=0, sentence=x, following=x / 2)
+             for run, two, one in (("a", 100, 101), ("b", 80, 82))
+             for method, x in ((new_tokens.AS_TWO, two), ("mean", one))]
+    assert "| v1 | mean |  | +1.500 ± 0.707 | +0.750 ± 0.354 | 2 |" in new_tokens.as_table(lines)
+
+
 def test_a_checkpoint_that_does_not_say_its_data_is_one_clear_line(saved, tmp_path, monkeypatch):
     saved(Config(**TINY), tmp_path)
     config = tmp_path / "step-00000002/config.json"
