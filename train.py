@@ -85,7 +85,8 @@ class Training:
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if value == "" or not isinstance(value, kind | int if isinstance(0.0, kind) else kind):
+            kind = kind | int if isinstance(0.0, kind) else kind            # an int will do for a float
+            if value == "" or not isinstance(value, kind):
                 raise ValueError(f"--{field.name.replace('_', '-')} cannot be {value!r}")
         for name, known in (("preset", PRESETS), ("dtype", (None, "float32", "bfloat16", "float64"))):
             if getattr(self, name) not in known:
