@@ -89,12 +89,12 @@ def test_bench_on_a_gpu(tmp_path):
 def test_growth(tmp_path, monkeypatch, capsys, hurried):
     """Two axes of two points each, of which they share one: three contests of four embeddings."""
     monkeypatch.setattr(growth, "AXES", dict(tokens=(1, 2), vocab_size=(1,), mode_width=(1,), d_model=(1, 2)))
-    flags = "--axes tokens d_model --tokens 128 --vocab-size 300 --mode-width 2 --d-model 16 --rounds 1"
+    flags = "--axes tokens d_model --tokens 512 --vocab-size 300 --mode-width 2 --d-model 16 --rounds 1"
     files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "growth.png")]
     monkeypatch.setattr(sys, "argv", ["lab.growth", *flags.split(), "--device", "cpu", *files])
     growth.main()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [(r["tokens"], r["config"]["d_model"]) for r in rows[::4]] == [(128, 16), (256, 16), (128, 32)]
+    assert [(r["tokens"], r["config"]["d_model"]) for r in rows[::4]] == [(512, 16), (1024, 16), (512, 32)]
     assert [r["name"] for r in rows] == 3 * list(growth.EMBEDDINGS) and rows[3]["parameters"] == 300 * 16
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("v1, width 1 0.") == 3

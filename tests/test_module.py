@@ -72,18 +72,48 @@ def test_ids_beyond_the_vocabulary_are_refused(embed, ids):
 
 @pytest.mark.parametrize("wrong", [
     dict(base=0), dict(base=4), dict(base=2**40), dict(n_knots=0), dict(n_knots=2), dict(d_seed=1),
-    dict(n_modes=0), dict(mode_width=-1)], ids=str)
+    dict(n_modes=0), dict(mode_width=-1), dict(base=2, n_coords=63)], ids=str)
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ValueError):
         TokenGenerator(97, 8, **wrong)
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(d_model="256"), dict(vocab_size=None), dict(n_layers=True), dict(n_heads=0), dict(seq_len=2.0)],
-    ids=str)
+    dict(d_model="256"), dict(vocab_size=None), dict(n_layers=True), dict(n_heads=0), dict(seq_len=2.0),
+    dict(n_coords=63)], ids=str)
 def test_a_shape_is_of_whole_numbers(wrong):
     with pytest.raises(ValueError, match=f"{min(wrong)} is .*: it must be a whole number"):
         Config(**wrong)
+
+
+def test_the_table_is_all_rows(embed):
+    table = embed.table()
+    assert not table.requires_grad and torch.equal(table, embed(torch.arange(97)))
+
+
+def test_chunks_are_of_32_ids_at_least(embed, chunks, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(leviathan, "checkpoint",
+                        lambda function, ids, use_reentrant: sizes.append(len(ids)) or function(ids))
+    embed(chunks)
+    assert sizes == [32, 32, 32, 1]
+
+
+def test_one_chunk_is_functional(embed):
+    """Values and gradients are those of the parameters that are given."""
+    given = {name: (1.5 * p).detach().requires_grad_() for name, p in embed.named_parameters()}
+    loss = torch.func.functional_call(embed, given, IDS).square().sum()
+    ours = torch.autograd.grad(loss, [*given.values()])
+    embed.load_state_dict(given, strict=False)
+    for a, b in zip(ours, torch.autograd.grad(embed(IDS).square().sum(), [*embed.parameters()])):
+        torch.testing.assert_close(a, b)
+
+
+def test_alone_it_starts_as_in_a_model(embed):
+    name = next(name for name, kind in GENERATORS.items() if type(embed) is kind)
+    model = LanguageModel(Config(**TINY, generator=name), seed=6).embed_tokens
+    alone = GENERATORS[name](97, 32, **SIZES, seed=6).state_dict()
+    assert all(torch.equal(x, alone[name]) for name, x in model.state_dict().items())
 
 
 # ---- copies, processes, devices, types -----------------------------------------------------------------
@@ -155,6 +185,12 @@ def test_cast_whole_to_bfloat16(embed):
         optimizer.step()
         for p, was in zip(splines, before):
             assert (p != was)[p.grad != 0].float().mean() > 0.5
+
+
+def test_positions_are_exact_in_bfloat16():
+    """Which has no 257."""
+    x = torch.ones(1, 1, 9, 4, dtype=torch.bfloat16)
+    torch.testing.assert_close(leviathan.rotate(x, 1_000), leviathan.rotate(x.float(), 1_000).bfloat16())
 
 
 def test_autocast_leaves_the_generator_in_float32(embed, chunks):
@@ -232,6 +268,12 @@ def test_dropout_in_chunks_is_the_same_in_backward(embed, chunks, monkeypatch):
 
 # ---- the loss ------------------------------------------------------------------------------------------
 
+class Doubled(nn.Linear):
+    """As quantised layers are: a Linear with a forward of its own."""
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
 def patched(head):
     """As accelerate does it: another forward of the same object."""
     head.forward = lambda x, forward=head.forward: forward(x) * 2
@@ -240,8 +282,8 @@ def patched(head):
 
 @pytest.mark.parametrize("change", [
     lambda head: nn.Linear(32, 97), LoRA, parametrizations.weight_norm, patched,
-    lambda head: prune.random_unstructured(head, "weight", 0.5)],
-    ids=["bias", "LoRA", "norm", "patched", "pruned"])
+    lambda head: prune.random_unstructured(head, "weight", 0.5), lambda head: Doubled(32, 97, bias=False)],
+    ids=["bias", "LoRA", "norm", "patched", "pruned", "subclass"])
 def test_any_head(change):
     """With a bias, an adapter, a computed weight: the loss is that of its logits, and all learn."""
     model = LanguageModel(Config(**TINY)).double()
@@ -291,13 +333,17 @@ def test_products_are_of_what_learns(frozen, training, products):
     assert count.get_total_flops() == products * 2 * 6 * 97 * 8
 
 
+def test_softmax_of_bfloat16_is_float32():
+    logits = torch.randn(4, 5_000).bfloat16()
+    expected = logits.float().logsumexp(1, keepdim=True)
+    torch.testing.assert_close(leviathan.softmax_(logits), expected)
+
+
 @pytest.mark.parametrize("target", [-100, -1, 97])
 def test_targets_beyond_the_vocabulary_are_refused(target):
     with pytest.raises(RuntimeError):
         linear_cross_entropy(torch.randn(6, 8), torch.randn(97, 8), torch.tensor([0, 1, 2, 3, 4, target]))
 
-
-# ---- what comes from a file ----------------------------------------------------------------------------
 
 def test_compiled_whole():
     """Traced with its backward; what a C++ compiler makes of that, tests of train.py see."""
@@ -306,3 +352,37 @@ def test_compiled_whole():
     torch.testing.assert_close(*losses)
     for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in losses)):
         torch.testing.assert_close(a, b)
+
+
+# ---- what comes from a file ----------------------------------------------------------------------------
+
+def test_the_newest_checkpoint(saved, tmp_path):
+    for step in (2, 10):
+        saved(Config(**TINY), tmp_path, step=step)
+    (tmp_path / "step-00000011").touch()
+    (tmp_path / "step-00000012-mine").mkdir()
+    assert leviathan.newest_checkpoint(tmp_path) == tmp_path / "step-00000010"
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=str)
+def test_loads(saved, tmp_path, twin):
+    """A tied table is tied again, and it goes to the device."""
+    model, other = saved(Config(**TINY | twin), tmp_path), leviathan.load(tmp_path)
+    assert torch.equal(other(IDS), model(IDS)) and leviathan.load(tmp_path, "meta").lm_head.weight.is_meta
+    assert len([*other.parameters()]) == len([*model.parameters()])
+
+
+def test_no_code_is_run_from_a_file(tmp_path):
+    torch.save(dict(w=Config()), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt is missing or damaged"):
+        leviathan.load_tensors(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("change", [lambda w: w["lm_head.weight"][0].fill_(torch.nan),
+                                    lambda w: w.update(more=torch.ones(1))], ids=["nan", "more"])
+def test_no_whole_model(saved, tmp_path, change):
+    saved(Config(**TINY), tmp_path)
+    change(weights := torch.load(path := tmp_path / "step-00000002/model.pt"))
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match="step-00000002 holds no whole model"):
+        leviathan.load(tmp_path)
