@@ -55,7 +55,7 @@ EXPERIMENTS = {
     "dtype": THREE | {f"{name}, float32": f"{flags} --dtype float32" for name, flags in THREE.items()},
     "width": THREE | {f"leviathan, mode width {r}": f"{OURS} --mode-width {r}" for r in (16, 64)},
     "rate": THREE | {f"{name}, {rate:g}": f"{flags} --learning-rate {rate:g}"
-                     for name, flags in THREE.items() for rate in (2e-3, 6e-3, 8e-3)},
+                     for name, flags in THREE.items() for rate in (2e-3, 4e-3, 8e-3)},
     "pace": TWINS | CONTROL | {"leviathan": OURS, "lev": f"{OURS} --generator lev"} | {
         f"{name}, {x} and {y}": f"{flags} --start {{pace@{x},{y}}}"
         for name, flags in (("leviathan", OURS), ("lev", f"{OURS} --generator lev"))
