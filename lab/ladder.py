@@ -187,8 +187,9 @@ def draw(found: dict, path: Path):
     base = {run["seed"]: run["log"] for run in largest["dense-untied"]}
     for name in repeated(found):
         kind = ("vectors" in name and "control" not in name) + 2 * ("deepened" in name)
-        style = dict(color=colors[name.replace(",", " ").split()[0]], ms=6,
-                     marker="v" if "1/20" in name else "os^D"[kind])
+        color = colors[name.replace(",", " ").split()[0]]
+        style = dict(color=color, ms=6, marker="v" if "1/20" in name else "os^D"[kind],
+                     mfc="white" if "fine" in name else color)
         sizes, losses = by_size(found, name)
         if not losses:                                  # no seed that all its rungs have
             continue
