@@ -68,7 +68,7 @@ def slow_generator(g: TokenGenerator, ids):
             t = (x[:, None] - torch.linspace(0, 1, g.n_knots, dtype=x.dtype)).abs() * (g.n_knots - 1)
             B = torch.where(t < 0.5, 0.75 - t**2, torch.where(t < 1.5, (1.5 - t)**2 / 2, 0))
             B = B / B.sum(1, keepdim=True)                                                          # (d, κ)
-            S = 1 + (g.modes[m].splines if lev else g.modes.splines[:, :, m * r:(m + 1) * r])      # (d, κ, r)
+            S = 1 + (g.modes[m].splines if lev else g.modes.splines[:, :, m * r:(m + 1) * r])    # (d, κ, r)
             mode = torch.einsum("dn,dnc->dc", B, S).prod(0)
             e = e + g.mode_proj.weight[:, m * r:(m + 1) * r] @ (mode - centre)
         if not lev:

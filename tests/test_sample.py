@@ -66,7 +66,8 @@ BYTES = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]
 
 
 @pytest.mark.parametrize("spelt, expected, n", [
-    (["né 北京 🙂!".encode()], ["né 北京 🙂!"], 17), (["né 🙂".encode()[:-1]], ["né \ufffd"], 8),
+    (["né 北京 🙂!".encode()], ["né 北京 🙂!"], 17),
+    (["né 🙂".encode()[:-1]], ["né \ufffd"], 8),
     ([[72, 105, 258, 33, 33, 33], [79, 257, 104, 33, 258, 33]], ["Hi", "Oh!"], 5)])
 def test_streamed_text_never_cuts_a_character(monkeypatch, spelt, expected, n):
     """Each byte is a token. The last of a text may be lacking; two samples stop at their end of text."""

@@ -89,7 +89,7 @@ def copy(whole, tmp_path) -> Path:
 
 def test_learning_rate_by_hand():
     t = Training(steps=12, warmup_steps=4, learning_rate=0.8, final_rate=0.5)
-    expected = [0.2, 0.4, 0.6, 0.8, 0.8, 0.4 + 0.2 * (1 + 2**-0.5), 0.6, 0.4]  # cosines of 0, π/4, π/2 and π
+    expected = [0.2, 0.4, 0.6, 0.8, 0.8, 0.4 + 0.2 * (1 + 2**-0.5), 0.6, 0.4]   # cos of 0, π/4, π/2, π
     assert [learning_rate(step, t) for step in (0, 1, 2, 3, 4, 6, 8, 12)] == pytest.approx(expected)
     assert learning_rate(0, Training(warmup_steps=0, learning_rate=0.8)) == 0.8
 
