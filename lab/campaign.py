@@ -107,7 +107,7 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
     if new := not file.exists():
         if time.monotonic() > deadline:
             return None
-        given = [*ready([*shlex.split(shared), *flags.split()], out), "--seed", str(seed), "--out", folder,
+        given = [*ready(shlex.split(f"{shared} {flags}"), out), "--seed", str(seed), "--out", folder,
                  *["--resume"] * folder.exists()]       # a run that was stopped
         env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT))
         done = subprocess.run([sys.executable, TRAIN, *given, "--save-every", "1000000"], capture_output=True,

@@ -5,7 +5,8 @@
 
 A rung is a width D and a depth L. The table has V / (16 D L) times the body's numbers; a run sees 20 tokens
 for each parameter of the untied twin [R, from v2], whatever its model. On the smallest rung each model finds
-its own rate, then its own warm-up, on one seed; on the others it has the same, the rate times 32 / D.
+its own rate, then its own warm-up, on one seed; on the others it has the same, the rate times 32 / D. One
+more rung, of --wide, is the smallest with a larger vocabulary, whose losses no law can compare with these.
 """
 import argparse
 import math
@@ -24,38 +25,38 @@ from leviathan import GENERATORS
 from prepare_pile import read_counts
 
 V, TOKENS = 8_192, 8_192                                        # of the vocabulary; of a step
-RUNGS = {64: (32, 2), 128: (64, 2), 256: (64, 4), 512: (128, 4)}                    # D L: D, L
+RUNGS = {64: (32, 2), 128: (64, 2), 256: (64, 4), 512: (64, 8)}                     # D L: D, L
 RATES, WARMUPS = (5e-3, 1e-2, 2e-2, 4e-2), (0.25, 0.1, 0.5)     # at D = 32; shares of the steps
 
 
-def recipe(d_model: int, n_layers: int, rate: float, warmup: float) -> str:
+def recipe(d_model: int, n_layers: int, rate: float, warmup: float, vocab_size: int = V) -> str:
     """Flags of a rung, the same for all its models but for the rate at D = 32 and the share of warm-up."""
-    steps = round(20 * (2 * V * d_model + 16 * d_model**2 * n_layers) / TOKENS)
+    steps = round(20 * (2 * vocab_size * d_model + 16 * d_model**2 * n_layers) / TOKENS)
     return (f"--d-model {d_model} --n-layers {n_layers} --seq-len 128 --tokens-per-step {TOKENS} "
             f"--steps {steps} --warmup-steps {round(warmup * steps)} --learning-rate {rate * 32 / d_model:g}")
 
 
-def generator(name: str, share: float, d_model: int, vectors: bool = False, **settings) -> str:
+def generator(name: str, share: float, d_model: int, vectors=False, vocab_size: int = V, **settings) -> str:
     """Flags of a generator with d_seed = D and the mode width that gives it about this share of a table."""
     settings = dict(d_seed=d_model) | settings
     def size(r: int) -> int:
-        made = GENERATORS[name](V, d_model, mode_width=r, base=BASE if vectors else None, **settings)
+        made = GENERATORS[name](vocab_size, d_model, mode_width=r, base=BASE if vectors else None, **settings)
         return sum(p.numel() for p in made.parameters())
     with torch.device("meta"):
-        width = 1 + round((share * V * d_model - size(1)) / (size(2) - size(1)))
+        width = 1 + round((share * vocab_size * d_model - size(1)) / (size(2) - size(1)))
     flags = [f"--{flag.replace('_', '-')} {value}" for flag, value in settings.items()]
     return " ".join([OURS, "--generator", name, *flags, "--mode-width", str(max(1, width)),
                      *["--start {learned}"] * vectors])
 
 
-def models(d_model: int) -> dict[str, str]:
+def models(d_model: int, vocab_size: int = V) -> dict[str, str]:
     """Flags of those that are swept. Generators have about a twentieth or a fifth of the table's numbers."""
     control = {name: f"{flags} --d-seed {d_model}" for name, flags in CONTROL.items()}      # of such vectors
     found = TWINS | control | {"bits of the id": f"{OURS} --generator bits"}
     for name in ("v1", "lev"):
         for share in (20, 5):
-            found[f"{name}, 1/{share}"] = generator(name, 1 / share, d_model)
-        found[f"{name}, 1/5, from vectors"] = generator(name, 1 / 5, d_model, vectors=True)
+            found[f"{name}, 1/{share}"] = generator(name, 1 / share, d_model, vocab_size=vocab_size)
+        found[f"{name}, 1/5, from vectors"] = generator(name, 1 / 5, d_model, True, vocab_size)
     return found
 
 
@@ -130,6 +131,14 @@ def experiments(rungs: list[int], best: dict, names) -> dict[str, dict[str, str]
             own |= {name: f"{flags} {recipe(D, L, *best[swept])}" for name, flags in group.items()
                     if name in names and swept in best}
     return found
+
+
+def wide(data: str, best: dict, names) -> dict[str, dict[str, str]]:
+    """The same for the smallest rung with the vocabulary of other data, of those that are swept."""
+    (D, L), vocab_size = RUNGS[64], len(read_counts(data))
+    return {f"D {D}, L {L}, V {vocab_size:,}": {
+        name: f"{flags} {recipe(D, L, *best[name], vocab_size)} --data {shlex.quote(data)}"
+        for name, flags in models(D, vocab_size).items() if name in names and name in best}}
 
 
 # ---- what came out -----------------------------------------------------------------------------------------
@@ -221,6 +230,7 @@ def draw(found: dict, path: Path):
 def main():
     parser = argparse.ArgumentParser(description="The paper in miniature.", allow_abbrev=False)
     parser.add_argument("--data", required=True, help=f"a prepared folder with a vocabulary of {V:,}")
+    parser.add_argument("--wide", metavar="DATA", help="one with a larger vocabulary: one rung more")
     parser.add_argument("--rungs", type=int, nargs="+", choices=RUNGS, default=[*RUNGS], help="D L [all]")
     parser.add_argument("--models", nargs="+", metavar="NAME", default=NAMES, help="as in the tables [all]")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each [%(default)s]")
@@ -245,7 +255,8 @@ def main():
     best, table = sweep(run, swept)
     found = run(experiments(sorted(args.rungs), best, args.models), args.seeds)
     found = {title: variants for title, variants in found.items() if variants}
-    tables = [f"{title}\n\n{as_table(variants)}" for title, variants in found.items()]
+    wider = run(wide(args.wide, best, args.models), args.seeds) if args.wide else {}
+    tables = [f"{title}\n\n{as_table(variants)}" for title, variants in (found | wider).items() if variants]
     compared = len(found) > 2 and all({*TWINS} <= variants.keys() for variants in found.values())
     if compared:
         tables.insert(0, summary(found))

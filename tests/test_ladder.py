@@ -24,7 +24,7 @@ def parts(flags: str, **more) -> dict[str, int]:
     fields = {field.name for field in dataclasses.fields(Config)}
     shape = {name: int(x) if x.isdigit() else x for name, x in given(flags).items() if name in fields}
     with torch.device("meta"):
-        return LanguageModel(Config(vocab_size=ladder.V, **shape | more)).parameters_by_part()
+        return LanguageModel(Config(**dict(vocab_size=ladder.V) | shape | more)).parameters_by_part()
 
 
 @pytest.mark.parametrize("rung", ladder.RUNGS)
@@ -46,6 +46,18 @@ def test_sizes_and_tokens(rung):
                for r in (max(1, own - 1), own, own + 1)]
         assert min(off) == off[1], (name, off)
     assert parts(variants["bits of the id"])["embedding"] == 0
+
+
+def test_a_larger_vocabulary_is_a_rung_of_its_own(monkeypatch):
+    monkeypatch.setattr(ladder, "read_counts", lambda _: np.zeros(4 * ladder.V))
+    (title, variants), = ladder.wide("my data", BEST, ladder.NAMES).items()
+    assert title == "D 32, L 2, V 32,768" and {*variants} == {*ladder.models(32)}
+    assert ladder.wide("my data", BEST, ["dense"])[title].keys() == {"dense"}
+    untied, steps = parts(variants["dense-untied"], vocab_size=32_768), given(variants["dense"])["steps"]
+    assert int(steps) * ladder.TOKENS / sum(untied.values()) == pytest.approx(20, rel=2e-3)
+    v1 = parts(variants["v1, 1/5"], vocab_size=32_768)["embedding"]
+    assert v1 / untied["embedding"] == pytest.approx(1 / 5, rel=0.02)
+    assert all(given(flags)["data"] == "my data" for flags in variants.values())
 
 
 def test_the_sweep_finds_rate_then_warm_up():
