@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +186,9 @@ def summary(found: dict) -> str:
 
 
 def draw(found: dict, path: Path):
-    """Left: loss against parameters, with a power law through each dense twin. Right: the gap to the untied
-    twin against tokens for each of its parameters, on the largest rung."""
+    """Left: loss against parameters, with a power law through each dense twin, and a band of those through
+    any of its seeds. Right: the gap to the untied twin against tokens for each of its parameters, on the
+    largest rung."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -207,10 +209,12 @@ def draw(found: dict, path: Path):
         left.errorbar(sizes / 1e6, losses.mean(0), spans, label=name, ls="" if name in TWINS else ":", lw=0.8,
                       **style)
         if name in TWINS:
-            b, a = power_law(sizes, losses.mean(0))
             line = np.geomspace(sizes.min() / 1.2, 1.1 * max(sum(run["parameters"].values())
                                                             for run, *_ in largest.values()), 50)
-            left.plot(line / 1e6, np.exp(a + b * np.log(line)), lw=1, color=style["color"])
+            seeds = product(*([run["log"][-1]["val_loss"] for run in v[name]] for v in found.values()))
+            laws = np.array([np.exp(np.polyval(power_law(sizes, own), np.log(line))) for own in seeds])
+            left.plot(line / 1e6, laws.mean(0), lw=1, color=color)
+            left.fill_between(line / 1e6, laws.min(0), laws.max(0), alpha=0.2, lw=0, color=color)
         own = [(run["log"], base[run["seed"]]) for run in largest.get(name, ()) if run["seed"] in base]
         if own and name != "dense-untied":
             gaps = [[a["val_loss"] - b["val_loss"] for a, b in zip(*pair)] for pair in own]
