@@ -14,8 +14,8 @@ with its parameters' names. `Config.model` chooses the dense twins, which differ
 
 Marks: [P] the paper says so, [R] reconstructed from its numbers or from later code, [O] our own choice.
     V  vocab_size  size of the vocabulary        κ  n_knots     knots of a spline
-    D  d_model     width of the model            M  n_modes     products of curves ("h" in v2)
-    k  n_coords    digits of an address          r  mode_width  numbers side by side in each product
+    D  d_model     width of the model            M  n_modes     modes ("h" in v2)
+    k  n_coords    digits of an address          r  mode_width  products side by side in each mode
     b  base        smallest with b^k >= V        C  codebooks   k of b rows; S: the splines' coefficients
        d_seed      dimensions of z and ẑ         N, U           ids of any shape; the distinct among them
     H  n_heads     attention heads               B, T           sequences; positions in each
@@ -48,8 +48,8 @@ class Config:
     base: int | None = None         # b: the smallest with b^k >= V if left out [P]
     d_seed: int = 128               # dimensions of seed and point, factors of every product [P]
     n_knots: int | None = None      # κ: the generator's own if left out, 32 for v1 [P], 16 for lev [R]
-    n_modes: int = 8                # M: products [P]
-    mode_width: int = 64            # r: numbers in each product; 64 fits the paper's sizes [R]
+    n_modes: int = 8                # M: modes [P]
+    mode_width: int = 64            # r: products in each mode; 64 fits the paper's sizes [R]
     centred: bool = True            # subtract what modes and points have in common; start at 0.02 [O]
 
     def __post_init__(self):
@@ -199,7 +199,7 @@ class TokenGenerator(nn.Module):
 
 class LevGenerator(TokenGenerator):
     """LEV, the May version, as a difference: each mode has a W_seed and a LayerNorm, so a point, of its own
-    [P]; half the sigmoid's argument [P/R]; 16 knots [R]; no residual [R: v2 names none]."""
+    [P]; half the sigmoid's argument [P, in part R]; 16 knots [R]; no residual [R: v2 names none]."""
     N_KNOTS = 16
     CPU = 2**23                                         # more, as modes come one by one
 
@@ -339,8 +339,8 @@ def initialise(module: nn.Module, seed: int) -> None:
         parameter                     standard deviation, around 0
         table, head, q k v gate up    0.02
         o_proj, down_proj             0.02 / sqrt(2 L): the residual stream's scale does not grow with depth
-        codebooks, seed_proj          1: LayerNorm removes their scale, which sets their pace alone, since
-                                      Adam moves every number by about the rate. 0.02 is far too fast
+        codebooks, seed_proj          1: LayerNorm removes their scale; it only sets their pace, since Adam
+                                      moves every number by about the rate. 0.02 is far too fast
         splines, which are S - 1      0.1, for products of log-standard-deviation 0.85 [R]
         mode_proj, residual_proj      so that embeddings start at 0.02, half of the variance from each;
                                       uncentred: 1 / sqrt(fan_in), Flax's default [R]
