@@ -32,7 +32,6 @@ from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
@@ -146,7 +145,6 @@ def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
     return [token for part in cut_runs(text) for token in encoding.encode_ordinary(part)]
 
 
-@lru_cache(maxsize=8)
 def token_bytes(encoding: tiktoken.Encoding) -> list[bytes]:
     """What each id spells: nothing for special tokens, and for ids that no token has."""
     spelling = {rank: token for token, rank in encoding._mergeable_ranks.items()}

@@ -161,19 +161,13 @@ def window_stream(windows: Windows, positions, seed: int) -> np.ndarray:
 
 # ---- models and their checkpoints ----------------------------------------------------------------------
 
-def read_start(path, data) -> dict:
-    """A part of a state dict. Raises ValueError if it says it is for another tokenizer than the data's."""
-    given = load_tensors(path)
-    whose = given.pop("tokenizer", None)
-    if whose and whose != read_meta(data)["tokenizer"]["sha256"]:
-        raise ValueError(f"it was made for another tokenizer than that of {data}")
-    return given
-
-
 def build(config: Config, t: Training) -> LanguageModel:
     """The model at its start. A file decides n_coords, base and d_seed too: by the shape of its codebooks."""
     try:
-        given = read_start(t.start, t.data) if t.start else {}
+        given = load_tensors(t.start) if t.start else {}
+        whose = given.pop("tokenizer", None)            # of what lab.addresses writes
+        if whose and whose != read_meta(t.data)["tokenizer"]["sha256"]:
+            raise ValueError(f"it was made for another tokenizer than that of {t.data}")
         if t.start and not (given and all(x.isfinite().all() for x in given.values())):
             raise ValueError("it is empty, or its numbers are not finite")
         if config.model == "leviathan" and "embed_tokens.codebooks" in given:

@@ -15,7 +15,6 @@ additive quantisation. Codebooks can start as these: then z points where the tok
 W_res, which start orthogonal, bring it into the embedding, large enough to last.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from lab import command
 from leviathan import digits, smallest_base
 from prepare_pile import Windows, quiet, read_counts, read_meta
 from train import save_tensors
@@ -245,7 +245,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.addresses: {error}")
+    command("lab.addresses", main)

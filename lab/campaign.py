@@ -23,7 +23,7 @@ from threading import Lock
 import numpy as np
 import torch
 
-from lab import addresses, generators
+from lab import addresses, command, generators
 from leviathan import GENERATORS, Config, load, newest_checkpoint
 from prepare_pile import locked, naming, prepare_stdlib, read_counts, read_meta, written_whole
 from train import PRESETS, Training, save_tensors
@@ -190,10 +190,9 @@ def as_table(variants: dict) -> str:
 
 def draw(variants: dict, path: Path, title: str):
     """Validation loss against tokens: means, and bands from the lowest seed to the highest."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(8, 4), layout="constrained")
+    ax = fig.subplots()
     tables = cycle((dict(color="0.55"), dict(color="0.15"), dict(color="0.15", ls="--")))
     generators, ends = (dict(color=f"C{i}") for i in count()), []
     for name, runs in variants.items():
@@ -244,7 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.campaign: {error}")
+    command("lab.campaign", main)

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import lab.generators  # noqa: F401  whose models can be loaded then
+from lab import command
 from leviathan import LanguageModel
 from prepare_pile import (
     Windows,
@@ -164,10 +164,9 @@ def as_markdown(names: list[str], rows: list[dict]) -> str:
 
 def draw(names: list[str], rows: list[dict], path: Path):
     """What each loses or gains on the first, by how frequent the target is, and by how frequent the input."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(10, 4), layout="constrained")
+    axes = fig.subplots(1, 2, sharey=True)
     for ax, role in zip(axes, ("target", "input")):
         own = [row for row in rows if row["role"] == role and row["name"] in FREQUENCIES[1:]]
         places = [FREQUENCIES.index(row["name"]) for row in own]
@@ -180,7 +179,6 @@ def draw(names: list[str], rows: list[dict], path: Path):
     axes[0].set_ylabel(f"nats per token, less those of {names[0]}")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8, frameon=False)
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 def main():
@@ -227,7 +225,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.evaluate: {error}")
+    command("lab.evaluate", main)

@@ -10,10 +10,10 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
+from lab import command
 from leviathan import LanguageModel
 from prepare_pile import END_OF_TEXT
 from sample import read_checkpoint
@@ -102,7 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.export: {error}")
+    command("lab.export", main)

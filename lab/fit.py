@@ -9,13 +9,13 @@ no language model has to be learned at the same time.
 """
 import argparse
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import trange
 
+from lab import command
 from lab.evaluate import check_tokenizer
 from lab.generators import GENERATORS
 from leviathan import LanguageModel
@@ -98,7 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.fit: {error}")
+    command("lab.fit", main)

@@ -3,12 +3,12 @@
     python -m lab.generators --generator additive --out out/additive    # train.py, and all of its flags
     python -m lab.generators --generator bits --out out/bits
 """
-import sys
 
 import torch
 from torch import nn
 
 import train
+from lab import command
 from leviathan import GENERATORS, Modes, TokenGenerator, digits, initialise, spline_basis
 
 
@@ -56,7 +56,4 @@ class Bits(nn.Module):
 GENERATORS |= dict(additive=Additive, points=Points, bits=Bits)
 
 if __name__ == "__main__":
-    try:
-        train.main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.generators: {error}")
+    command("lab.generators", train.main)

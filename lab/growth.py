@@ -6,12 +6,12 @@ Forward and backward of generators and of a table: contests of bench.py, along a
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
 from bench import CUDA, contest, natural_windows, piece
+from lab import command
 from leviathan import Config
 from prepare_pile import written_whole
 from train import choose_device
@@ -41,12 +41,10 @@ def contests(crossing: dict, axes: list[str]):
 
 def plot(rows: list[dict], crossing: dict, axes: list[str], path: Path, title: str):
     """Above, seconds; below, peak memory; an axis of growth in each column."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
-    figure, grid = plt.subplots(2, len(axes), figsize=(1.5 + 2.9 * len(axes), 5.6), layout="constrained",
-                                sharex="col", sharey="row", squeeze=False)
+    figure = Figure(figsize=(1.5 + 2.9 * len(axes), 5.6), layout="constrained")
+    grid = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
     for column, axis in zip(grid.T, axes):
         others = crossing.keys() - {axis}
         on_axis = [r for r in rows if all(r["point"][other] == crossing[other] for other in others)]
@@ -107,7 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.growth: {error}")
+    command("lab.growth", main)

@@ -11,7 +11,6 @@ more rung, of --wide, is the smallest with a larger vocabulary, whose losses no 
 import argparse
 import math
 import shlex
-import sys
 import time
 from collections import Counter
 from itertools import product
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lab import command
 from lab.addresses import BASE
 from lab.campaign import CONTROL, OURS, TWINS, as_table, campaign, spread
 from leviathan import GENERATORS
@@ -189,10 +189,9 @@ def draw(found: dict, path: Path):
     """Left: loss against parameters, with a power law through each dense twin, and a band of those through
     any of its seeds. Right: the gap to the untied twin against tokens for each of its parameters, on the
     largest rung."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(11, 5.5), layout="constrained")
+    left, right = fig.subplots(1, 2)
     colors = {"dense": "0.6", "dense-untied": "black", "control": "C3", "bits": "C2", "v1": "C0", "lev": "C1"}
     largest = [*found.values()][-1]
     base = {run["seed"]: run["log"] for run in largest["dense-untied"]}
@@ -272,7 +271,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.ladder: {error}")
+    command("lab.ladder", main)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from lab import command
 from lab.addresses import summed
 from lab.campaign import spread
 from lab.evaluate import check_tokenizer, token_losses
@@ -192,7 +193,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.new_tokens: {error}")
+    command("lab.new_tokens", main)

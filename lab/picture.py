@@ -6,7 +6,6 @@ The map has two principal components of the embeddings of the most frequent toke
 stands that of a dense twin, where one is named. Of lev, the first mode is shown.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+from lab import command
 from lab.evaluate import check_tokenizer
 from leviathan import Modes, digits, spline_basis
 from prepare_pile import read_counts, token_bytes, written_whole
@@ -114,7 +114,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.picture: {error}")
+    command("lab.picture", main)

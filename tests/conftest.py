@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:         # several at once: a thread each
 
 import torch  # noqa: E402
 
-from budgets import pytest_terminal_summary  # noqa: E402, F401
+from budgets import ROOT, pytest_terminal_summary  # noqa: E402, F401
 from leviathan import Config, LanguageModel  # noqa: E402
 from prepare_pile import prepare, read_meta  # noqa: E402
 
@@ -23,7 +23,6 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd  # noqa: F401
 
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

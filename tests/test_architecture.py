@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from budgets import ROOT, code_lines
+from budgets import ROOT
 
 SCRIPTS = {"leviathan", "train", "prepare_pile", "sample", "bench", "test_leviathan"}
 TOP = {f"{name}.py" for name in SCRIPTS} | {
@@ -100,9 +100,3 @@ def test_the_method_stands_alone(tmp_path):
                           capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "leviathan\n"             # of ours nothing else is there
-
-
-def test_lines_of_code_are_counted():
-    """Of budgets.py, by hand: x over two lines, def, and return over three with an empty one between."""
-    code = '"""a\nb"""\n# c\n\nx = """q\nr"""  # t\n\ndef f():\n    """d"""\n    return (1,\n\n        "s")\n'
-    assert code_lines(code) == 5

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +11,10 @@ import torch
 
 import bench
 import train
+from budgets import ROOT
 from lab import growth
 from leviathan import Config, TokenGenerator
 
-ROOT = Path(__file__).parent.parent
 TINY = "--vocab-size 300 --tokens 64 --seq-len 32 --shape 32x1 --rounds 1".split()
 CPU = torch.device("cpu")
 

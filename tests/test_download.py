@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from budgets import ROOT
 from conftest import zstd
 from prepare_pile import PILE, read_meta, verify
 
-ROOT = Path(__file__).parent.parent
 pytest.importorskip("huggingface_hub")
 
 

@@ -11,10 +11,10 @@ from lab import export
 from leviathan import Config, TokenGenerator
 from prepare_pile import get_encoding, read_meta, stdlib_files, tokenizer_from_json, train_tokenizer
 from sample import generate
+from test_leviathan import TWINS
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(vocab_size=300, seq_len=128, d_model=64, n_layers=3, n_heads=2, d_seed=16, mode_width=4)
-TWINS = [dict(generator="v1"), dict(generator="lev"), dict(model="dense"), dict(model="dense-untied")]
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from leviathan import (
     initialise,
     linear_cross_entropy,
 )
+from test_leviathan import TWINS
 
 GENERATORS = dict(v1=TokenGenerator, lev=LevGenerator)      # not the lab's
 SIZES = dict(d_seed=12, n_modes=4, mode_width=2)
 TINY = dict(vocab_size=97, seq_len=16, d_model=32, n_layers=1, n_heads=2, **SIZES)
-TWINS = [dict(generator="v1"), dict(generator="lev"), dict(model="dense"), dict(model="dense-untied")]
 IDS = torch.tensor([[5, 96, 5, 0], [17, 5, 96, 44]])
 
 
