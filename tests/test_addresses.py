@@ -1,18 +1,20 @@
 """lab/addresses.py: each step against an obvious version of itself; the script; what train.py makes of it."""
+import io
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from budgets import ROOT
 from lab import addresses
 from leviathan import Config, digits, load
 from prepare_pile import Windows, read_counts
 from train import Training, build
 
+ROOT = Path(__file__).parent.parent
 TINY = ("--seq-len 32 --d-model 32 --n-layers 1 --n-heads 2 --mode-width 1 --tokens-per-step 256 --steps 2 "
         "--eval-tokens 512 --device cpu").split()
 
@@ -32,6 +34,15 @@ def test_cooccurrence_by_a_loop(tiny_data, monkeypatch):
     monkeypatch.setattr(addresses, "CHUNK", 1_000)      # then only pairs across the two cuts are not counted
     found = addresses.cooccurrence(windows, torch.from_numpy(counts), 3_000).to_dense()
     assert (found <= expected).all() and 0 < (expected - found).sum() <= 12
+
+
+@pytest.mark.parametrize("disable, seen", [("", True), ("1", False)])
+def test_the_lab_obeys_tqdm_disable(tiny_data, monkeypatch, disable, seen):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.isatty = lambda: True
+    monkeypatch.setenv("TQDM_DISABLE", disable)
+    addresses.cooccurrence(Windows(tiny_data, "train", 1), torch.ones(300), 10**6)
+    assert ("counting neighbours" in sys.stderr.getvalue()) == seen
 
 
 def test_ppmi_by_its_formula():

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import prepare_pile
-from budgets import ROOT
 from conftest import zstd
 from kill_prepare import contents, kill_and_compare, small_parts
 from prepare_pile import (
@@ -38,6 +37,7 @@ from prepare_pile import (
     written_whole,
 )
 
+ROOT = Path(__file__).parent.parent
 TEXTS = ["one\u2028line\u0085still", "", "a literal <|endoftext|> inside", "naïve — 北京 🙂\n" * 3,
          "x" * 5_000, *(f"no. {i}" for i in range(60))]
 
@@ -361,6 +361,19 @@ def test_any_empty_place_will_do(tmp_path, encoding, place, monkeypatch):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "dangling").is_symlink()
     where = dict(link="target", dangling="not/yet").get(place, "here" if place == "." else place)
     assert (tmp_path / where / "train-00000.bin").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root mounts")
+def test_a_mount_point(tmp_path, encoding):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        prepare([tmp_path / "a.jsonl"], tmp_path / "disk", encoding)
+        verify(tmp_path / "disk")
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
 def test_nothing_of_the_users_is_touched(tmp_path, encoding):
