@@ -77,6 +77,7 @@ def token_vectors(matrix, rank: int, seed: int = 0):
     """Rows of U √S of the truncated SVD, of length 1; 0 for tokens never seen. (V, columns) -> (V, rank)"""
     torch.manual_seed(seed)         # svd_lowrank has no generator of its own
     U, S, _ = torch.svd_lowrank(matrix, q=min(rank, *matrix.shape), niter=4)
+    U[torch.sparse.sum(matrix, 1).to_dense() == 0] = 0          # where but rounding is left
     return F.pad(F.normalize(U * S.sqrt(), dim=1), (0, rank - U.shape[1]))
 
 
@@ -175,6 +176,8 @@ def start(data, model="leviathan", addresses="learned", noise=False, n_coords=3,
     scale: standard deviation of a table's rows, 0.5, or of leviathan's embeddings, 1, where D <= d_seed. So
     large, what vectors know outlasts Adam's steps, which are of one size, whatever they are added to.
     """
+    if scale is not None and (model == "lev" or noise and model == "leviathan"):
+        raise ValueError("--scale is of a table, or of leviathan's embeddings from vectors: leave it out")
     if scale is None:
         scale = 0.5 if model == "dense-untied" else 1
     sizes = n_coords, d_seed, d_model, sample, seed + 1, 1 if base is None else base

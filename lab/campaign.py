@@ -5,7 +5,8 @@
 
 An experiment is a few variants, each some flags of train.py on top of what all share. Each runs once a seed:
 the same tokens in the same order, the same blocks and head at first. A run is JSON lines in OUT/runs, with
-its model beside them. What is there is not run again, so a campaign can be stopped and gone on with.
+its model beside them. What is there is not run again, so a campaign can be stopped and gone on with. A file
+to start from is drawn once for all seeds: ± over them leaves out what it draws.
 """
 import argparse
 import json
@@ -32,8 +33,7 @@ ROOT, TRAIN = Path(__file__).parent.parent, Path(generators.__file__)      # tra
 STARTS = {      # {name} or {name@scale} is a file that lab.addresses writes of the data with these settings,
     #             {pace@x,y} one with codebooks of standard deviation x and W_seed of y
     "table": dict(model="dense-untied"), "learned": dict(), "fine": dict(base=512), "noise": dict(noise=True),
-    "id": dict(addresses="id", noise=True), "shuffled": dict(addresses="shuffled", noise=True),
-    "frequency": dict(addresses="frequency", noise=True)}
+    "shuffled": dict(addresses="shuffled", noise=True), "frequency": dict(addresses="frequency", noise=True)}
 TWINS = {"dense": "--model dense", "dense-untied": "--model dense-untied"}
 CONTROL = {"control, from vectors": "--model dense-untied --start {table}"}     # the same knowledge
 OURS = "--model leviathan"
@@ -51,7 +51,6 @@ EXPERIMENTS = {
         for what, start in (("", ""), (", learned digits", " --start {noise}"),
                             (", from vectors", " --start {learned}"))
         for name, kind in (("leviathan", ""), ("points", " --generator points"))},
-    "isoparametric": TWINS | {"leviathan": OURS, "leviathan, deepened": f"{OURS} --isoparametric"},
     "dtype": THREE | {f"{name}, float32": f"{flags} --dtype float32" for name, flags in THREE.items()},
     "width": THREE | {f"leviathan, mode width {r}": f"{OURS} --mode-width {r}" for r in (16, 64)},
     "rate": THREE | {f"{name}, {rate:g}": f"{flags} --learning-rate {rate:g}"
@@ -83,6 +82,8 @@ def ready(flags: list[str], out: Path) -> list:
             prepare_stdlib(data)
         for i, flag in [(i, flag[1:-1]) for i, flag in enumerate(flags) if flag[:1] == "{"]:
             name, _, scale = flag.partition("@")
+            if name not in ("pace", *STARTS):
+                raise ValueError(f"unknown start {{{flag}}}: choose from {', '.join(STARTS)}, or name a file")
             kind, which = given.get("--generator", Config.generator), read_meta(data)["identity"][:8]
             flags[i] = out / "starts" / f"{Path(data).name}-{which}-{flag}-{kind}-{d_seed}-{d_model}.pt"
             if flags[i].exists():
@@ -110,7 +111,7 @@ def run(flags: str, seed: int, shared: str, out: Path, threads: int, deadline: f
         given = [*ready(shlex.split(f"{shared} {flags}"), out), "--seed", str(seed), "--out", folder,
                  *["--resume"] * folder.exists()]       # a run that was stopped
         env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT))
-        done = subprocess.run([sys.executable, TRAIN, *given, "--save-every", "1000000"], capture_output=True,
+        done = subprocess.run([sys.executable, TRAIN, "--save-every", "1000000", *given], capture_output=True,
                               text=True, env=env)
         if done.returncode:
             reason = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -142,24 +143,27 @@ def campaign(experiments: dict, shared: str, seeds: int, out: Path, jobs=1, minu
     keys = dict.fromkeys((flags, seed) for seed in range(seeds) for name, variants in experiments.items()
                          for flags in variants.values() if seed == 0 or name not in SWEEPS)
 
-    def attempt(key):
+    def attempt(key, until=deadline):
         try:
-            return run(*key, shared, out, threads, deadline)
+            return run(*key, shared, out, threads, until)
         except ValueError as error:                     # of a rate too high, say: the others go on
             return print(f"lab.campaign: {error}", file=sys.stderr) or error
 
     with locked(out), ThreadPoolExecutor(jobs) as pool:
-        runs = dict(zip(keys, pool.map(attempt, keys)))
+        runs = {key: attempt(key, until=0) for key in keys}
+        for (flags, _), found in runs.items():          # what is there, before hours of work
+            if isinstance(found, dict):
+                data = Path(found["training"]["data"])
+                known = {read_meta(data)["identity"], None} if data.exists() else {found.get("data")}
+                if (found["flags"], found["shared"]) != (flags, shared) or found.get("data") not in known:
+                    raise ValueError(f"{found['folder']}.jsonl is of --train {found['shared']!r}, not "
+                                     f"{shared!r}, or of what was in {data} before: change --out")
+        missing = [key for key, found in runs.items() if found is None]
+        runs |= zip(missing, pool.map(attempt, missing))
     failed = [key for key, found in runs.items() if isinstance(found, ValueError)]
     if failed and len(failed) == len(runs):
         raise runs[failed[0]]
     runs = {key: found for key, found in runs.items() if key not in failed}
-    for found in filter(None, runs.values()):
-        data = Path(found["training"]["data"])
-        known = {read_meta(data)["identity"], None} if data.exists() else {found.get("data")}
-        if found["shared"] != shared or found.get("data") not in known:
-            raise ValueError(f"{found['folder']}.jsonl is of --train {found['shared']!r}, not {shared!r}, or "
-                             f"of what was in {data} before: change --out")
     if None in runs.values():
         print(f"{[*runs.values()].count(None)} runs had no time: the same command goes on")
     return {name: {variant: own for variant, flags in variants.items()
@@ -240,6 +244,8 @@ def main():
     if tables:
         (args.out / "tables.md").write_text("\n".join(tables), encoding="utf-8")
         print("\n" + "\n".join(tables))
+    if lost := [f"{name}: {variant}" for name, own in wanted.items() for variant in own.keys() - found[name]]:
+        raise ValueError(f"no run of {'; '.join(sorted(lost))}: the same command tries again")
 
 
 if __name__ == "__main__":

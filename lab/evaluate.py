@@ -184,7 +184,8 @@ def draw(names: list[str], rows: list[dict], path: Path):
 def main():
     parser = argparse.ArgumentParser("lab.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoints", nargs="+", help="or folders of runs, of which the newest is taken")
-    parser.add_argument("--data", type=Path, help="a prepared folder [that of the first one's training]")
+    parser.add_argument("--data", type=Path, help="a prepared folder, which tells how frequent a token "
+                        "is too [that of the first one's training]")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="[%(default)s]")
     parser.add_argument("--lambada", type=Path, metavar="FILE", help="OpenAI's LAMBADA, as JSON lines")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder for the table and its numbers")

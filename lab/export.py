@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import lab.generators  # noqa: F401  whose models can be loaded then
 from lab import command
 from leviathan import LanguageModel
 from prepare_pile import END_OF_TEXT

@@ -32,7 +32,7 @@ def fit(table, frequency, embed, steps: int, rate: float, seed: int = 0) -> floa
     mean = (frequency @ table) / frequency.sum()
     variance = frequency @ (table - mean).square().sum(1) / frequency.sum()
     optimizer = torch.optim.AdamW(embed.parameters(), lr=rate, weight_decay=0, betas=(0.9, 0.95))
-    rise = min(1, max(0.1, 2 / steps))
+    rise = max(0.1, 2 / steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=rise)
     for _ in trange(steps, desc="fitting", disable=quiet()):
         ids = torch.multinomial(frequency, BATCH, replacement=True, generator=rng)
@@ -65,9 +65,9 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} [{default}]")
     parser.add_argument("--rate", type=float, default=1e-2, help="the highest of the steps [%(default)s]")
     args = parser.parse_args()
-    if args.out.exists() or min(args.d_seed, args.mode_width, args.steps) < 1 or not args.rate > 0:
+    if args.out.exists() or min(args.d_seed, args.mode_width, args.steps - 2) < 1 or not args.rate > 0:
         raise ValueError(f"{args.out} exists: name another --out" if args.out.exists() else
-                         "--d-seed, --mode-width and --steps must be at least 1, --rate above 0")
+                         "--d-seed and --mode-width must be at least 1, --steps 3, --rate above 0")
     args.out.parent.mkdir(parents=True, exist_ok=True)          # before the work
     model, tokenizer, data = read_checkpoint(args.run)
     check_tokenizer(tokenizer, data, args.run)

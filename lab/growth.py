@@ -28,7 +28,7 @@ def contests(crossing: dict, axes: list[str]):
     """Yields each point once, with {name: settings} of the embeddings that meet there. Raises ValueError."""
     seen = []
     for axis, factor in [(name, factor) for name in axes for factor in AXES[name]]:
-        point = crossing | {axis: round(crossing[axis] * factor)}
+        point = crossing | {axis: max(1, round(crossing[axis] * factor))}
         if point in seen:
             continue
         seen.append(point)

@@ -237,7 +237,8 @@ def main():
     parser.add_argument("--rungs", type=int, nargs="+", choices=RUNGS, default=[*RUNGS], help="D L [all]")
     parser.add_argument("--models", nargs="+", metavar="NAME", default=NAMES, help="as in the tables [all]")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each [%(default)s]")
-    parser.add_argument("--train", default="", metavar="FLAGS", help="of train.py that all share, in quotes")
+    parser.add_argument("--train", default="", metavar="FLAGS",
+                        help="of train.py that all share, in quotes; a rung's own follow, and win")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores [%(default)s]")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--out", type=Path, default=Path("out/ladder"), help="[%(default)s]")
@@ -248,6 +249,8 @@ def main():
         raise ValueError(f"unknown model {min(unknown)!r}: choose from {'; '.join(NAMES)}")
     if (n := len(read_counts(args.data))) != V:
         raise ValueError(f"{args.data} has a vocabulary of {n:,}: prepare it with --vocab-size {V}")
+    if args.wide:
+        read_counts(args.wide)              # raises before hours of work
     end = time.monotonic() + 60 * args.minutes
 
     def run(wanted: dict, seeds: int) -> dict:

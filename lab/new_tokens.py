@@ -24,7 +24,7 @@ from lab.addresses import summed
 from lab.campaign import spread
 from lab.evaluate import check_tokenizer, token_losses
 from leviathan import LanguageModel, newest_checkpoint
-from prepare_pile import Windows
+from prepare_pile import Windows, written_whole
 from sample import read_checkpoint
 
 BEFORE, AFTER = 32, 16          # tokens of a sentence that stand before and behind the new one
@@ -121,17 +121,25 @@ def methods(embed, pairs) -> dict:
     return found
 
 
-def study(run: Path, words: int, examples: list[int]) -> list[dict]:
-    """Every method on one model. -> lines: nats of a `sentence`, and of a token `following` the new one"""
+def read_run(run: Path):
+    """A model that can be given tokens, its tokenizer and its data. Raises ValueError"""
     model, tokenizer, data = read_checkpoint(run)
     check_tokenizer(tokenizer, data, run)
+    c = model.config
+    if c.model == "dense" or c.generator == "bits" or c.seq_len < BEFORE + AFTER + 1:
+        raise ValueError(f"{run} must have an input that can be fitted, an untied head and "
+                         f"{BEFORE + AFTER + 1} tokens of context: name another run")
+    return model, tokenizer, data
+
+
+def study(run: Path, words: int, examples: list[int]) -> list[dict]:
+    """Every method on one model. -> lines: nats of a `sentence`, and of a token `following` the new one"""
+    model, tokenizer, data = read_run(run)
     train, val = (Windows(data, split, 1) for split in ("train", "val"))
     embed, c, V = model.requires_grad_(False).embed_tokens, model.config, model.config.vocab_size
-    if c.model == "dense" or c.seq_len < BEFORE + AFTER + 1:
-        raise ValueError(f"{run} must have an untied head and {BEFORE + AFTER + 1} tokens of context: name "
-                         "another run")
     training = json.loads((newest_checkpoint(run) / "config.json").read_text(encoding="utf-8"))["training"]
     name = f"{c.generator}, width {c.mode_width}, base {embed.base}" if c.model == "leviathan" else c.model
+    name += f", D {c.d_model}, L {c.n_layers}"
     name += f", {Path(training['start']).stem}" if training.get("start") else ""
     to_rows = (lambda z: embed.surface(embed.coordinates(z))) if c.model == "leviathan" else lambda rows: rows
     model.materialize()
@@ -184,11 +192,14 @@ def main():
         raise ValueError("--words and --examples must be at least 1")
     if args.json and (args.json.exists() or not args.json.parent.is_dir()):
         raise ValueError(f"--json {args.json}: name a new file, in a folder that is there")
+    for run in args.runs:                           # all, before the work
+        read_run(run)
     lines = []
     for run in args.runs:
         lines += study(run, args.words, args.examples)
         if args.json:
-            args.json.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            with written_whole(args.json) as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     print(as_table(lines))
 
 

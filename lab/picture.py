@@ -92,8 +92,8 @@ def main():
     paths = [path for path in (args.checkpoint, args.twin) if path]
     found = [read_checkpoint(path) for path in paths]
     model, tokenizer, data = found[0]
-    if model.config.model != "leviathan":
-        raise ValueError(f"{args.checkpoint} is {model.config.model}, with no generator: name it with --twin")
+    if not getattr(model.embed_tokens, "modes", None):
+        raise ValueError(f"{args.checkpoint} has no generator with modes: it can be shown as --twin alone")
     for path, (_, own, _) in zip(paths, found):
         check_tokenizer(own, data, path)
     if len(words := frequent_words(token_bytes(tokenizer), read_counts(data))) < ANCHORS:

@@ -86,17 +86,19 @@ def test_bench_on_a_gpu(tmp_path):
 
 
 def test_growth(tmp_path, monkeypatch, capsys, hurried):
-    """Two axes of two points each, of which they share one: three contests of four embeddings."""
-    monkeypatch.setattr(growth, "AXES", dict(tokens=(1, 2), vocab_size=(1,), mode_width=(1,), d_model=(1, 2)))
-    flags = "--axes tokens d_model --tokens 512 --vocab-size 300 --mode-width 2 --d-model 16 --rounds 1"
+    """Three axes of two points each, of which they share one: four contests of four embeddings."""
+    axes = dict(tokens=(1, 2), vocab_size=(1,), mode_width=(1, 1 / 64), d_model=(1, 2))
+    monkeypatch.setattr(growth, "AXES", axes)
+    flags = ("--axes tokens d_model mode_width --tokens 512 --vocab-size 300 --mode-width 2 --d-model 16 "
+             "--rounds 1")
     files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "growth.png")]
     monkeypatch.setattr(sys, "argv", ["lab.growth", *flags.split(), "--device", "cpu", *files])
     growth.main()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [(r["tokens"], r["config"]["d_model"]) for r in rows[::4]] == [(512, 16), (1024, 16), (512, 32)]
-    assert [r["name"] for r in rows] == 3 * list(growth.EMBEDDINGS) and rows[3]["parameters"] == 300 * 16
+    assert [(r["tokens"], r["config"]["d_model"]) for r in rows[:12:4]] == [(512, 16), (1024, 16), (512, 32)]
+    assert [r["name"] for r in rows] == 4 * list(growth.EMBEDDINGS) and rows[3]["parameters"] == 300 * 16
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count("v1, width 1 0.") == 3
+    assert capsys.readouterr().out.count("v1, width 1 0.") == 4
     assert refused(run("-m", "lab.growth", *files), "lab.growth: ", "rows.json is there already")
 
 

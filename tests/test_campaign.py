@@ -1,5 +1,6 @@
 """lab/campaign.py: what it runs and what not, with a train.py that only pretends; then with the real one."""
 import json
+import os
 import subprocess
 import sys
 
@@ -66,12 +67,18 @@ def test_a_campaign_is_gone_on_with(ran, tmp_path, tiny_data, monkeypatch, capsy
     assert (tmp_path / "out/one.png").stat().st_size > 10_000 and not (tmp_path / "out/rate.png").exists()
     (tmp_path / "out/runs/dense.seed-0.jsonl").write_text("{}")         # the other is there still
     run(monkeypatch, *flags, "one")
+    assert len(ran) == 7
     assert "dense.seed-0.jsonl is missing, damaged or other data" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="is of --train .*: change --out"):
-        run(monkeypatch, *flags, "one", "--train", f"--data {tiny_data} --beta1 0.8")
+    with pytest.raises(ValueError, match="is of --train .*: change --out"):     # before what is missing runs
+        run(monkeypatch, *flags, "one", "--seeds", 4, "--train", f"--data {tiny_data} --beta1 0.8")
     monkeypatch.setattr(campaign, "read_meta", lambda data: dict(identity="of other text"))
     with pytest.raises(ValueError, match="or of what was in .*/shards before: change --out"):
         run(monkeypatch, *flags, "one")
+    monkeypatch.setitem(campaign.EXPERIMENTS, "capitals", {"v1": "--model Leviathan"})
+    (tmp_path / "out/runs/leviathan.seed-0.jsonl").rename(tmp_path / "out/runs/eviathan.seed-0.jsonl")
+    with pytest.raises(ValueError, match="change --out"):           # a file of that name, but of other flags
+        run(monkeypatch, *flags, "capitals")
+    assert len(ran) == 7
 
 
 def test_a_run_that_fails_or_stops_is_one_clear_line(ran, tmp_path, tiny_data, monkeypatch, capsys):
@@ -80,16 +87,20 @@ def test_a_run_that_fails_or_stops_is_one_clear_line(ran, tmp_path, tiny_data, m
         run(monkeypatch, *flags, f"--data {tiny_data} --clip 2")
     monkeypatch.setitem(campaign.EXPERIMENTS, "half", {"dense": "--model dense", "v1": "--model v1 --clip 2"})
     half = ["--experiments", "half", "--seeds", 1, "--out", tmp_path / "half", "--train"]
-    run(monkeypatch, *half, f"--data {tiny_data}")          # the others go on
+    with pytest.raises(ValueError, match="no run of half: v1: the same command tries again"):
+        run(monkeypatch, *half, f"--data {tiny_data}")      # when the others have gone on
     assert "lab.campaign: the run '--model v1 --clip 2' of seed 0 failed" in capsys.readouterr().err
     assert "| dense | " in (table := (tmp_path / "half/tables.md").read_text()) and "v1" not in table
     with pytest.raises(ValueError, match="'--model dense' of seed 0 was stopped: the same command goes on"):
         run(monkeypatch, *flags, f"--data {tiny_data} --stop")
     assert not list((tmp_path / "out/runs").glob("*.jsonl"))
+    with pytest.raises(ValueError, match="unknown start {vectors}: choose from table, learned, fine"):
+        campaign.campaign({"one": {"v1": "--model leviathan --start {vectors}"}}, f"--data {tiny_data}", 1,
+                          tmp_path / "unknown")
     with campaign.locked(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
         run(monkeypatch, *flags, f"--data {tiny_data}")
     run(monkeypatch, *flags, f"--data {tiny_data}")             # goes on where they were stopped
-    assert all(command[-3] == "--resume" for command in ran[-2:])
+    assert all(command[-1] == "--resume" for command in ran[-2:])
     assert len(list((tmp_path / "out/runs").glob("*.jsonl"))) == 2
 
 
@@ -125,3 +136,15 @@ def test_with_train_itself(tiny_data, tmp_path, monkeypatch):
                                           "--start {pace@0.5,0.2}".split(), tmp_path)[-1])
         assert paced["embed_tokens.seed_proj.weight"].shape == (rows, 16)
         assert [x.std().item() for x in paced.values()] == pytest.approx([0.5, 0.2], rel=0.15)
+
+
+@pytest.mark.parametrize("main, status, said", [
+    ("lambda: print('±')", 0, "?"), ("lambda: 1 / 0", 1, "ZeroDivisionError"),
+    ("lambda: int('x')", 1, "lab.x: invalid literal"),
+    ("lambda: torch.empty(2**60)", 1, "lab.x: out of memory")])
+def test_how_the_lab_ends(main, status, said):
+    code = f"import torch, lab\nlab.command('lab.x', {main})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=campaign.ROOT, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    assert done.returncode == status and said in done.stdout + done.stderr
+    assert ("Traceback" in done.stderr) == ("Zero" in said)

@@ -36,7 +36,8 @@ def test_from_a_run_to_a_start(saved, tiny_data, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="x.pt exists: name another"):
         fit.main()
     torch.save({"embed_tokens.weight": torch.ones(300, 8)}, tmp_path / "table.pt")
-    for more, message in ((f"--start {tmp_path / 'table.pt'}", "does not fit here: .* no embed_tokens.weig"),
+    for more, message in (("--steps 2", "must be at least 1, --steps 3"),
+                          (f"--start {tmp_path / 'table.pt'}", "does not fit here: .* no embed_tokens.weig"),
                           ("--rate 1e30", "the fit diverged at --rate 1e")):
         monkeypatch.setattr(sys, "argv", f"{words.replace('x.pt', 'y.pt')} {more}".split())
         with pytest.raises(ValueError, match=message):

@@ -85,16 +85,21 @@ def test_from_runs_to_a_table(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "--json", str(lines), *runs])
     new_tokens.main()
     found = [json.loads(line) for line in lines.read_text().splitlines()]
-    tried = [(line["method"], line["examples"]) for line in found if line["model"] == "v1, width 2, base 7"]
+    tried = [(line["method"], line["examples"]) for line in found
+             if line["model"] == "v1, width 2, base 7, D 32, L 1"]
     assert tried == [("as two tokens", 0), ("seed, pieces' mean", 0), ("seed, fitted from the mean", 1),
                      ("seed, fitted from the mean", 3), ("nearest free address", 0)]
     table = capsys.readouterr().out
-    assert table.count("| dense-untied |") == 4 and table.count("| +") + table.count("| -") == 2 * 7
+    assert table.count("| dense-untied, D 32, L 1 |") == 4
+    assert table.count("| +") + table.count("| -") == 2 * 7
     with pytest.raises(ValueError, match="lines: name a new file"):
         new_tokens.main()
-    monkeypatch.setattr(sys, "argv", [command[0], str(tmp_path / "dense")])
-    with pytest.raises(ValueError, match="must have an untied head"):
-        new_tokens.main()
+    saved(Config(**TINY, generator="bits"), tmp_path / "bits")
+    monkeypatch.setattr(new_tokens, "study", lambda *_: pytest.fail("work was done first"))
+    for run in "dense", "bits":
+        monkeypatch.setattr(sys, "argv", [command[0], *runs, str(tmp_path / run)])
+        with pytest.raises(ValueError, match=f"{run} must have an input that can be fitted, an untied head"):
+            new_tokens.main()
 
 
 def test_differences_are_paired_by_run():

@@ -7,6 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+import lab.generators  # noqa: F401
 import leviathan
 from lab import evaluate, picture
 from leviathan import Config
@@ -62,8 +63,11 @@ def test_bad_input(run, saved, data, tiny_data, tmp_path, monkeypatch):
     for out in ("fig", "fig.jpeg2", "old.png", "gone/fig.png"):
         with pytest.raises(ValueError, match=f"{out} must be a new .png in a folder that exists"):
             run(tmp_path / "nowhere", "--out", tmp_path / out)          # refused before it looks for that
-    with pytest.raises(ValueError, match="is dense, with no generator: name it with --twin"):
-        run(tmp_path / "twin", "--out", tmp_path / "a.png")
+    for kind in "points", "bits":
+        saved(Config(**TINY, generator=kind), tmp_path / kind, data)
+    for name in "twin", "points", "bits":
+        with pytest.raises(ValueError, match=f"{name} has no generator with modes"):
+            run(tmp_path / name, "--out", tmp_path / "a.png")
     with pytest.raises(ValueError, match="has another tokenizer than .*other: use the data"):
         run(tmp_path / "ours", "--twin", tmp_path / "other", "--out", tmp_path / "a.png")
     lines = [json.dumps(dict(text=line)) for line in Path(picture.__file__).read_text().splitlines()]
