@@ -289,7 +289,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=16_384 if CUDA else 4_096, help="[%(default)s]")
     parser.add_argument("--vocab-size", type=int, default=200_019, help="V [%(default)s]")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window [%(default)s]")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA, help="what repeats")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA,
+                        help="what repeats in models; pieces have it in their names")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if CUDA else "cpu")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant [%(default)s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there what was measured")
@@ -314,8 +315,8 @@ def main():
         rows += new
         if build is training_step:
             panels[title] = new
-    if args.json:
-        args.json.write_text(json.dumps(dict(setting=setting, rows=rows), indent=1), encoding="utf-8")
+        if args.json:
+            args.json.write_text(json.dumps(dict(setting=setting, rows=rows), indent=1), encoding="utf-8")
     if args.plot:
         plot(panels, args.plot, setting)
 
@@ -325,3 +326,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"bench.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("bench.py: stopped")

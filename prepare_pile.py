@@ -12,9 +12,9 @@ the training split) and for each split shards, cut between documents:
                       tokens as uint32; `<|endoftext|>` stands before each document
     train-00000.idx   pairs of uint32: where a document starts, and its domain, a place in meta.json's list
 
-One thread reads and parses, the others tokenise: it keeps about ten cores busy; with more, prepare shards of
-the Pile side by side. A part of 100 M tokens stays in memory until it is whole; then it is written, and
-meta.json says how far the sources are read. So a run may end at any moment: the same command goes on.
+One thread reads and parses, the others tokenise: it keeps about ten cores busy. A part of 100 M tokens stays
+in memory until it is whole; then it is written, and meta.json says how far the sources are read. So a run may
+end at any moment: the same command goes on.
 """
 import argparse
 import base64
@@ -59,6 +59,8 @@ def naming(what, cure="remove its folder and prepare it again"):
     except (PermissionError, MemoryError):              # which say what is wrong
         raise
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):     # of memory, of a disk
+            raise ValueError(f"{what} cannot be read ({error}): once that is mended, try again") from error
         raise ValueError(f"{what} is missing, damaged or other data ({error}): {cure}") from error
 
 
@@ -192,9 +194,14 @@ def format_of(path: Path, format: str | None = None) -> str | None:
 
 def find_files(names: list[str], format: str | None = None) -> list[Path]:
     """Files as they are, and of folders those that are not hidden, of a known format and no meta.json."""
+    def refuse(error):
+        raise error                     # rglob would leave out a folder that may not be read, and say nothing
+
     files = []
     for path in map(Path, names):
-        inside = sorted(p for p in path.rglob("*") if p.is_file() or p.is_symlink())    # also to a folder
+        walk = os.walk(path, onerror=refuse) if path.is_dir() else ()
+        inside = (Path(folder, name) for folder, folders, own in walk for name in (*folders, *own))
+        inside = sorted(p for p in inside if p.is_file() or p.is_symlink())             # also to a folder
         found = [p for p in inside if p.is_file() and format_of(p, format) and p.name != "meta.json"
                  and not any(part.startswith(".") for part in p.relative_to(path).parts)] or [path]
         if not found[0].is_file():
@@ -237,6 +244,12 @@ def documents(path, format: str | None = None, skip_bad: bool = False, on_read=l
 
     skip_bad: yields (None, where and why) in its place. Lines end at \\n alone: text may hold U+2028, U+0085.
     """
+    def read() -> bytes:
+        try:
+            return content.readline(limit) if format == "jsonl" else content.read(limit)
+        except Exception as error:              # of gzip, zlib, zstd, the disk
+            raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
+
     path, limit, seen = Path(path), LONGEST_DOCUMENT + 1, 0
     if not (format := format_of(path, format)):
         raise ValueError(f"{path} is of an unknown format: say --format jsonl or --format text")
@@ -244,15 +257,12 @@ def documents(path, format: str | None = None, skip_bad: bool = False, on_read=l
         if content is not file and not path.stat().st_size:
             raise ValueError(f"{path} is empty: fetch it again")
         for number in count(1):
-            try:
-                piece = content.readline(limit) if format == "jsonl" else content.read(limit)
-            except Exception as error:          # of gzip, zlib, zstd, the disk
-                raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
-            if len(piece) == limit:
-                raise ValueError(f"{path}:{number}: more than {LONGEST_DOCUMENT >> 20} MB: cut it in pieces")
+            piece = read()
             on_read(file.tell() - seen)
             seen = file.tell()
             try:
+                if len(piece) == limit:
+                    raise ValueError(f"more than {LONGEST_DOCUMENT >> 20} MB")
                 if format == "text":
                     yield piece.decode("utf-8-sig"), "(none)"
                 elif piece.strip():
@@ -260,8 +270,11 @@ def documents(path, format: str | None = None, skip_bad: bool = False, on_read=l
             except (ValueError, RecursionError) as error:
                 bad = f"{path}:{number}: {error}"
                 if not skip_bad:
-                    raise ValueError(f"{bad}: mend it, or leave out such lines with --skip-bad") from error
+                    raise ValueError(f"{bad}: leave out such lines with --skip-bad, or mend it and prepare "
+                                     "all anew") from error
                 yield None, bad
+                while len(piece) == limit and piece[-1:] != b"\n":      # the rest of what is too long
+                    piece = read()
             if format == "text" or not piece:
                 return
 
@@ -416,6 +429,13 @@ def in_order(function, items, threads: int):
             yield future.result()
 
 
+def check(holdout: int, threads: int, vocab_size: int):
+    limits = ("holdout", holdout, 2), ("threads", threads, 1), ("vocab-size", vocab_size, 257)
+    for name, value, least in limits:
+        if not least <= value <= 2**24:
+            raise ValueError(f"--{name} {value}: it must be {least} to {2**24:,}")
+
+
 def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(), holdout: int = 20,
             threads: int = 1, skip_bad: bool = False, vocab_size: int = 32_768,
             format: str | None = None) -> dict:
@@ -424,15 +444,13 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
     Validation is `val_files`, or one document in `holdout`. encoding None: byte pairs, `vocab_size` of them,
     trained on the training documents. Raises ValueError, and OSError where a file or the disk refuses.
     """
-    limits = dict(holdout=(holdout, 2), threads=(threads, 1), vocab_size=(vocab_size, 257))
-    for name, (value, least) in limits.items():
-        if not least <= value <= 2**24:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} to {2**24:,}")
+    check(holdout, threads, vocab_size)
     folder = Path(out)
     files = [path for path in map(Path, files) if folder.resolve() not in path.resolve().parents]   # its own
     sources = [*map(Path, val_files), *files]
-    for path in sources:
-        next(documents(path, format, skip_bad=True), None)  # what cannot be read is refused before any work
+    empty = [next(documents(path, format, skip_bad), None) is None for path in sources]     # or unreadable
+    if val_files and all(empty[:len(val_files)]):
+        raise ValueError("no documents for val: name another file with --val")
     digests, first = [sha256(path) for path in sources], {}
     held_out = {*digests[:len(val_files)]} - {hashlib.sha256().hexdigest()}     # empty files are alike
     for i, path in enumerate(sources):
@@ -491,7 +509,8 @@ def report(meta: dict):
                   f"{n['bytes'] / n['tokens']:>13.3f}")
     if n := meta["skipped"]["lines"]:
         print(f"\nleft out, as they could not be read: {n:,}, first {meta['skipped']['first']}")
-    print(f"\na unigram model's validation loss: {meta['unigram_val_loss']:.3f} nats per token")
+    print(f"\n{meta['tokenizer']['vocab_size']:,} ids; "
+          f"a unigram model's validation loss: {meta['unigram_val_loss']:.3f} nats per token")
 
 
 def prepare_stdlib(out="data/stdlib", vocab_size: int = 32_768) -> dict:
@@ -597,13 +616,14 @@ def main():
                                      description=__doc__)
     option = parser.add_argument
     source, tokens = (parser.add_mutually_exclusive_group() for _ in range(2))
-    source.add_argument("--input", nargs="+", metavar="FILE",
+    source.add_argument("--input", nargs="+", action="extend", metavar="FILE",
                         help=f"files or folders ({' '.join(LINES + TEXT)}, plain, .gz or .zst)")
-    source.add_argument("--pile", nargs="+", type=int, choices=range(30), metavar="N",
+    source.add_argument("--pile", nargs="+", action="extend", type=int, choices=range(30), metavar="N",
                         help="download these of the Pile's 30 shards (uncopyrighted) and its validation file")
     source.add_argument("--verify", type=Path, metavar="DIR", help="check every byte of a prepared folder")
     option("--format", choices=("jsonl", "text"), help='lines of JSON with a "text", or one document a file')
-    option("--val", nargs="+", default=[], metavar="FILE", help="for validation [the Pile's, or --holdout]")
+    option("--val", nargs="+", action="extend", default=[], metavar="FILE",
+           help="for validation [the Pile's, or --holdout]")
     option("--holdout", type=int, default=20, metavar="N", help="or one document in N, by hash [%(default)s]")
     tokens.add_argument("--encoding", help="of tiktoken's [o200k_base for the Pile, else one trained here]")
     tokens.add_argument("--vocab-size", type=int, metavar="N", help="of one that is trained here [32768]")
@@ -618,15 +638,17 @@ def main():
     if args.input and not args.out:
         raise ValueError("--input needs --out: name a folder, such as data/mine")
     val_files, trained = find_files(args.val, args.format), args.vocab_size is not None
+    vocab_size = args.vocab_size if trained else 32_768
+    check(args.holdout, args.threads, vocab_size)       # before a download
     name = args.encoding or ("o200k_base" if args.pile and not trained else None)
     encoding = get_encoding(name) if name else None
     if args.pile:
-        pile_val, *files = download_pile(args.pile)
+        pile_val, *files = download_pile([*dict.fromkeys(args.pile)])
         val_files = val_files or [pile_val]
     else:
         files = find_files(args.input, args.format) if args.input else stdlib_files()
     prepare(files, args.out or Path("data/pile" if args.pile else "data/stdlib"), encoding, val_files,
-            args.holdout, args.threads, args.skip_bad, args.vocab_size if trained else 32_768, args.format)
+            args.holdout, args.threads, args.skip_bad, vocab_size, args.format)
 
 
 if __name__ == "__main__":

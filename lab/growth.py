@@ -90,17 +90,17 @@ def main():
     device = choose_device(args.device)
     crossing = {name: getattr(args, name) for name in AXES}
 
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    setting = (f"{device.type} ({machine}), torch {torch.__version__}, float32; axes cross at "
+               + ", ".join(f"{name} {value:,}" for name, value in crossing.items()))
     rows = []
     for point, contestants in list(contests(crossing, args.axes)):
         new = contest(piece, contestants, device, args.rounds)
         rows += [row | dict(point=point) for row in new]
         print(", ".join(f"{name} {value:,}" for name, value in point.items()) + ": "
               + ", ".join(f"{row['name']} {row['seconds']:.4f} s" for row in new), flush=True)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    setting = (f"{device.type} ({machine}), torch {torch.__version__}, float32; axes cross at "
-               + ", ".join(f"{name} {value:,}" for name, value in crossing.items()))
-    with written_whole(args.json) as partial:
-        partial.write_text(json.dumps(dict(setting=setting, rows=rows), indent=1), encoding="utf-8")
+        with written_whole(args.json) as partial:
+            partial.write_text(json.dumps(dict(setting=setting, rows=rows), indent=1), encoding="utf-8")
     plot(rows, crossing, args.axes, args.plot, setting)
 
 

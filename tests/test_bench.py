@@ -102,6 +102,25 @@ def test_growth(tmp_path, monkeypatch, capsys, hurried):
     assert refused(run("-m", "lab.growth", *files), "lab.growth: ", "rows.json is there already")
 
 
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
+    """By bench.py of the first contest, by lab.growth of the first point."""
+    def second_is_stopped(*_):
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return [dict.fromkeys("seconds peak_bytes tokens_per_second first_step parameters".split(), 1)
+                | dict(name="table", rounds=[1])]
+    files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png"), "--device", "cpu"]
+    for script, flags in (bench, [*TINY, "--shape", "8x1", "16x1"]), (growth, ["--axes", "d_model"]):
+        taken = []
+        monkeypatch.setattr(script, "contest", second_is_stopped)
+        monkeypatch.setattr(sys, "argv", [script.__name__, *flags, *files])
+        with pytest.raises(KeyboardInterrupt):
+            script.main()
+        assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 1
+        (tmp_path / "rows.json").unlink()
+
+
 # ---- a contest ---------------------------------------------------------------------------------------------
 
 def stub(contestant, config, windows, dtype, how: str):

@@ -106,7 +106,7 @@ def test_a_window_of_two_gigabytes(tmp_path):
     ("other.txt.gz", b"not gzip at all", "other.txt.gz cannot be read .*: fetch it again"),
     ("nothing.jsonl.zst", b"", "nothing.jsonl.zst is empty: fetch it again"),
     ("bad.jsonl", b'{"text": "fine"}\n{"text": 3}\n',
-     'bad.jsonl:2: not a JSON object with a string "text": mend it, or leave .*--skip-bad'),
+     'bad.jsonl:2: not a JSON object with a string "text": leave .*--skip-bad, or mend it'),
     ("bad.jsonl", b'{"text": "fine"}\n\n{"no": 3}\n', 'bad.jsonl:3: not a JSON object with a string "text"'),
     ("bad.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', "bad.jsonl:2: .*can't decode byte 0xff"),
     ("bad.jsonl", b'{"text": "\\ud800"}\n', "bad.jsonl:1: .*surrogates not allowed"),
@@ -116,8 +116,8 @@ def test_a_window_of_two_gigabytes(tmp_path):
     ("pretty.json", b'{\n  "text": "one"\n}', "pretty.json:1: "),
     ("bad.txt", b"\xff", "bad.txt:1: .*can't decode byte 0xff"),
     ("long.jsonl", b'{"text": "fine"}\n{"text": "' + b"x" * 4_000_000,
-     "long.jsonl:2: more than 3 MB: cut it in pieces"),
-    ("long.txt", b"x" * 4_000_000, "long.txt:1: more than 3 MB: cut it in pieces"),
+     "long.jsonl:2: more than 3 MB: leave out such lines"),
+    ("long.txt", b"x" * 4_000_000, "long.txt:1: more than 3 MB: leave out such lines"),
     ("bomb.jsonl.zst", FRAME(b"0" * 200_000_000), "bomb.jsonl.zst:1: more than 3 MB"),
     ("data.csv", b"text\none\n", "data.csv is of an unknown format: say --format jsonl or --format text"),
     ("data.zst", FRAME(LINES), "data.zst is of an unknown format"),
@@ -129,13 +129,23 @@ def test_bad_files_are_named(tmp_path, name, content, message, monkeypatch):
         texts_in(tmp_path / name)
 
 
+@pytest.mark.parametrize("size", [3 * 2**20, 3 * 2**20 + 1, 9 * 2**20 + 3, 2 * (3 * 2**20 + 1)])
+def test_a_line_that_is_too_long_is_left_out_whole(tmp_path, size, monkeypatch):
+    """Also where its end is that of a piece that is read, or of the file."""
+    monkeypatch.setattr(prepare_pile, "LONGEST_DOCUMENT", 3 * 2**20)
+    long = b"x" * size
+    for lines, texts in (long + b"\n" + LINES, [None, *TEXTS]), (LINES + long, [*TEXTS, None]):
+        (tmp_path / "a.jsonl").write_bytes(lines)
+        assert [text for text, _ in prepare_pile.documents(tmp_path / "a.jsonl", skip_bad=True)] == texts
+
+
 def test_a_format_can_be_named(tmp_path):
     (tmp_path / "data.csv").write_bytes(LINES)
     assert texts_in(tmp_path / "data.csv", format="jsonl") == TEXTS
     assert texts_in(tmp_path / "data.csv", format="text") == [LINES.decode()]
 
 
-def test_folders_leave_out_what_is_hidden_or_unknown(tmp_path, capsys):
+def test_folders_leave_out_what_is_hidden_or_unknown(tmp_path, capsys, monkeypatch):
     for name in ("b.txt", "a.NDJSON", "in/c.jsonl.zst", "notes.pdf", "._b.txt", ".ipynb_checkpoints/b.txt",
                  "in/meta.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -149,6 +159,14 @@ def test_folders_leave_out_what_is_hidden_or_unknown(tmp_path, capsys):
     for wrong in ("nowhere", ".ipynb_checkpoints/nothing"):
         with pytest.raises(ValueError, match="is no file, nor a folder with text in it"):
             find_files([str(tmp_path / wrong)])
+
+    def refused(path, scandir=os.scandir):
+        if Path(path).name == "in":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError):        # not fewer files in silence
+        find_files([str(tmp_path)])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -319,7 +337,7 @@ def test_only_the_same_command_goes_on(tmp_path, corpus, encoding, monkeypatch):
     text = corpus[0].read_text()
     for message, how in (("validation differ", dict(holdout=6)), ("sources differ", dict(files=corpus[:1])),
                          ("tokenizer differ", dict(encoding=train_tokenizer(iter(TEXTS), 271, "other"))),
-                         ("sources differ", dict(changed="A" + text[1:]))):
+                         ("sources differ", dict(changed=text + text.splitlines()[-1]))):
         corpus[0].write_text(how.pop("changed", text))
         with pytest.raises(ValueError, match=rf"out was begun by another command .*\({message}\): repeat"):
             prepare(**dict(files=corpus, out=tmp_path / "out", encoding=encoding, holdout=5) | how)
@@ -335,7 +353,7 @@ def test_what_has_written_no_part_yet_stands_in_nobodys_way(tmp_path, encoding, 
     """No document for validation, or a bad line: another command may begin anew."""
     bad = b"not json\n" + json_lines(["the end"]) + b'{"text": 3}\n'
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS) + bad)
-    with pytest.raises(ValueError, match="a.jsonl:66: Expecting value.*: mend it, or leave .*--skip-bad"):
+    with pytest.raises(ValueError, match="a.jsonl:66: Expecting value.*: leave out .*--skip-bad, or mend it"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding)
     with pytest.raises(ValueError, match="no documents for val: give more, or a validation file with --val"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", encoding, holdout=10**7, skip_bad=True)
@@ -412,11 +430,15 @@ def test_two_runs_into_one_folder(tmp_path, encoding):
     ("a.jsonl is named twice", dict(val_files=["a.jsonl"])),
     ("same.jsonl is named twice", dict(files=["same.jsonl"], val_files=["a.jsonl"])),
     ("a.csv is of an unknown format", dict(files=["a.csv"])),
-    ("b.jsonl.zst cannot be read", dict(files=["a.jsonl", "b.jsonl.zst"]))])
+    ("b.jsonl.zst cannot be read", dict(files=["a.jsonl", "b.jsonl.zst"])),
+    ("latin1.txt:1: .* can't decode", dict(files=["a.jsonl", "latin1.txt"])),
+    ("no documents for val: name another file", dict(val_files=["blank.jsonl"]))])
 def test_wrong_requests_are_refused_before_any_work(tmp_path, encoding, monkeypatch, message, how):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "a.csv", "b.jsonl.zst", "same.jsonl"):
         (tmp_path / name).write_bytes(LINES)
+    Path("latin1.txt").write_bytes(b"caf\xe9")
+    Path("blank.jsonl").write_bytes(b"\n")
     with pytest.raises(ValueError, match=message):
         prepare(**dict(files=["a.jsonl"], out="out", encoding=encoding) | how)
     assert not Path("out").exists()
@@ -477,6 +499,16 @@ def test_a_signal_ends_it_at_once(tmp_path, stop):
         time.sleep(0.02)
     process.send_signal(getattr(signal, stop))
     assert process.wait(timeout=5) == -getattr(signal, stop)
+
+
+def test_a_flag_given_twice_names_more(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines(f"{name} {text}" for text in TEXTS))
+    a, b, c = sorted(tmp_path.iterdir())
+    done = run("--input", a, "--input", b, "--val", c, "--out", tmp_path / "out", "--vocab-size", 270)
+    assert done.returncode == 0, done.stderr
+    assert read_meta(tmp_path / "out")["train"]["documents"] == 2 * len(TEXTS)
+    assert "\n270 ids; a unigram model's validation loss: " in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
