@@ -9,8 +9,8 @@ An ordinary model keeps a table with one row for each of its V tokens. Leviathan
     ẑ = σ(LN(W_seed z))                    a point in the unit cube: where the token lives    `coordinates`
     e = Σ_m W_m Π_d φ_md(ẑ_d) + W_res ẑ    products of learned curves: what is found there    `surface`
 
-`TokenGenerator.rows` is these three lines, `forward` the same, but fast. Behind the embedding comes Llama,
-with its parameters' names. `Config.model` chooses the dense twins, which differ in the embedding.
+`TokenGenerator.rows` is these three lines, centred (see `surface`); `forward` the same, but fast. Behind it
+comes Llama, with its parameters' names. `Config.model` chooses the dense twins, of another embedding.
 
 Marks: [P] the paper says so, [R] reconstructed from its numbers or from later code, [O] our own choice.
     V  vocab_size  size of the vocabulary        κ  n_knots     knots of a spline
@@ -107,6 +107,7 @@ def product_tree(factors):
 class Modes(nn.Module):
     """Products Π_d φ_d(x_d) of learned curves φ_d = Σ_n B_n S_dn [P]. (U, d_seed) -> (U, columns)
 
+    Columns: M r, all modes side by side, for v1; r, those of one mode, for lev.
     `splines` holds S - 1 [O]: so 0 is neutral, and bfloat16, whose steps near 1 are 1/128, can train it.
     Factors are float32 at least: the errors of 128 in bfloat16 would add up to 2 %.
     """
@@ -127,7 +128,7 @@ class TokenGenerator(nn.Module):
     The January version. Where the paper leaves a choice ours is [R]: the residual acts on ẑ (W_seed z would
     fit too); "M modes summed and projected" is Σ_m W_m mode_m, as in v2; LayerNorm's eps is torch's, 1e-5.
 
-    centred [O]: modes start around 1 and points around 1/2, which all embeddings share (cosines of 0.6; 0.2
+    centred [O]: modes start around 1 and points around 1/2, which all embeddings share (cosines of 0.6; 0.03
     without). So both are subtracted, and embeddings start at 0.02. Uncentred: as written, at Flax's scale.
     addresses, a buffer: the digits of token i are those of addresses[i] < b^k: i itself [P], or as loaded.
     """
@@ -167,7 +168,10 @@ class TokenGenerator(nn.Module):
         return torch.sigmoid(self.seed_norm(self.seed_proj(z)))
 
     def surface(self, x):
-        """Mechanism 2, Eq. 3: e = Σ_m W_m Π_d φ_md(ẑ_d) + W_res ẑ [P]. (U, d_seed) -> (U, D)"""
+        """Mechanism 2, Eq. 3: e = Σ_m W_m Π_d φ_md(ẑ_d) + W_res ẑ [P]. (U, d_seed) -> (U, D)
+
+        Centred [O]: e = Σ_m W_m (Π_d φ_md(ẑ_d) - 1) + W_res (ẑ - 1/2).
+        """
         centre = 1 if self.centred else 0
         return self.mode_proj(self.modes(x) - centre) + self.residual_proj(x - centre / 2)
 
@@ -178,8 +182,9 @@ class TokenGenerator(nn.Module):
     def forward(self, ids):
         """The same, fast [O]: each distinct id once, in chunks that backward computes again. (N) -> (N, D)
 
-        Autocast is off inside. Raises TypeError unless ids are integers, IndexError beyond V. Of many chunks
-        backward reads the module's own parameters: for torch.func.functional_call wrap `rows` in a module.
+        Autocast is off inside. Raises TypeError unless ids are integers, IndexError beyond V. Backward of
+        many chunks reads the module's own parameters, so that torch.func.functional_call would get wrong
+        gradients: for that make a module whose forward is `rows`.
         """
         if ids.dtype == torch.bool or ids.is_floating_point():
             raise TypeError(f"ids are of type {ids.dtype}: they must be integers")
@@ -329,7 +334,7 @@ class LanguageModel(nn.Module):
         """AdamW's groups: matrices decay; norms, codebooks and splines do not [O]."""
         groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
         for name, p in self.named_parameters():
-            groups[p.ndim < 2 or name.endswith(("codebooks", "splines"))]["params"].append(p)
+            groups[p.ndim < 2 or name.endswith(("codebooks", "splines"))]["params"].append(p)     # False: 0
         return groups
 
 
@@ -344,24 +349,25 @@ def initialise(module: nn.Module, seed: int) -> None:
         splines, which are S - 1      0.1, for products of log-standard-deviation 0.85 [R]
         mode_proj, residual_proj      so that embeddings start at 0.02, half of the variance from each;
                                       uncentred: 1 / sqrt(fan_in), Flax's default [R]
-        norms                         none: they start as the identity
+        norms, and all that is no matrix: none, they start as they were built
     """
     generator = next((m for m in module.modules() if isinstance(m, TokenGenerator)), None)
     if generator is not None:
         generator.addresses.copy_(torch.arange(generator.num_embeddings, device="cpu"))     # the ids
     share = 0.02 if generator is None or generator.residual_proj is None else 0.02 * math.sqrt(0.5)
     deep = 0.02 / math.sqrt(2 * len(getattr(module, "layers", [0])))            # a generator alone has none
-    names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: lm_head
+    names = {p: name for name, p in module.named_parameters(remove_duplicate=False)}    # tied: the head's
     for p, name in names.items():
+        if p.ndim < 2 or p.is_meta:
+            continue
         leaf, flax = name.removesuffix(".weight").rpartition(".")[2], p.shape[-1] ** -0.5
         std = dict(o_proj=deep, down_proj=deep, splines=0.1, codebooks=1, seed_proj=1, mode_proj=share * flax,
                    residual_proj=share * flax / 0.21).get(leaf, 0.02)           # 0.21: the spread of ẑ
         if leaf in ("mode_proj", "residual_proj") and not generator.centred:
             std = flax
-        if "norm" not in name and not p.is_meta:
-            stream = zlib.crc32(f"{seed} {name.removeprefix('embed_tokens.')}".encode())
-            noise = torch.empty(p.shape, dtype=torch.float32, device="cpu")     # whatever the default is
-            p.data.copy_(noise.normal_(0, std, generator=torch.Generator().manual_seed(stream)))
+        stream = zlib.crc32(f"{seed} {name.removeprefix('embed_tokens.')}".encode())
+        noise = torch.empty(p.shape, dtype=torch.float32, device="cpu")         # whatever the default is
+        p.data.copy_(noise.normal_(0, std, generator=torch.Generator().manual_seed(stream)))
 
 
 def isoparametric_depth(config: Config) -> int:
@@ -481,6 +487,6 @@ def load(path, device="cpu") -> LanguageModel:
         with torch.no_grad():
             if not model(torch.zeros(1, 1, dtype=torch.long)).isfinite().all():     # whatever its tensors are
                 raise ValueError("its logits are not finite")
-        return model.to(device)
     except Exception as error:                                              # of JSON, of Config, of shapes
         raise ValueError(f"{folder} holds no whole model ({' '.join(str(error).split())[:300]})") from error
+    return model.to(device)

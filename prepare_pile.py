@@ -56,7 +56,7 @@ def naming(what, cure="remove its folder and prepare it again"):
     """Whatever goes wrong within, as a ValueError that says with what."""
     try:
         yield
-    except (PermissionError, MemoryError):              # which say what is wrong
+    except (PermissionError, ConnectionError, MemoryError):     # which say what is wrong
         raise
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):     # of memory, of a disk
@@ -94,15 +94,15 @@ def train_tokenizer(texts, vocab_size: int, name: str) -> tiktoken.Encoding:
 
 
 def get_encoding(name: str) -> tiktoken.Encoding:
-    """tiktoken's encoding of that name. Raises ValueError."""
+    """tiktoken's encoding of that name. Raises ValueError, or ConnectionError."""
     known = tiktoken.list_encoding_names()
     if name not in known:
         raise ValueError(f"unknown encoding {name!r}: choose from {', '.join(known)}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:      # requests' errors, whose package we do not import
-        raise ValueError(f"tiktoken could not load {name} ({type(error).__name__}): it downloads it once; "
-                         "without internet, point TIKTOKEN_CACHE_DIR at a folder that holds it") from error
+        raise ConnectionError(f"tiktoken could not load {name} ({type(error).__name__}): it downloads it "
+                              "once; offline, point TIKTOKEN_CACHE_DIR at a folder that has it") from error
 
 
 def tokenizer_to_json(encoding: tiktoken.Encoding) -> dict:

@@ -7,6 +7,7 @@
 import argparse
 import codecs
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -153,6 +154,6 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in repr(error).lower():
+        if not re.search("(of|enough|allocate) memory|MemoryError", repr(error)):
             raise
         sys.exit(f"sample.py: out of memory ({error!r:.300}): lower --samples")

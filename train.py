@@ -130,7 +130,8 @@ def parse_arguments() -> dict:
             how = dict(type=kind, metavar="X")
             if kind is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
-            shown = "" if field.default is None or field.name in PRESETS["nano"] else f" [{field.default}]"
+            chosen = field.default is None or field.name in ("vocab_size", *PRESETS["nano"])
+            shown = "" if chosen else f" [{field.default}]"
             group.add_argument(f"--{field.name.replace('_', '-')}", help=comments[field.name] + shown, **how)
     return vars(parser.parse_args())
 
@@ -235,7 +236,7 @@ def newest_whole(out: Path, say) -> tuple[dict, LanguageModel, dict]:
             model, moments = load(folder), load_tensors(folder / "optimizer.pt")
             optimizer = torch.optim.AdamW(model.decay_groups(0))
             optimizer.load_state_dict(moments)
-            if any(optimizer.state[p][name].shape != p.shape for p in model.parameters()
+            if any(own[name].shape != p.shape for p, own in optimizer.state.items()
                    for name in ("exp_avg", "exp_avg_sq")):      # which torch trusts
                 raise ValueError(f"{folder}: optimizer.pt is of another model")
             return about, model, moments
@@ -406,6 +407,8 @@ def run(held: ExitStack):
 
     # ---- the loop --------------------------------------------------------------------------------------
     step = about["step"] if about else 0
+    if total(step)[0] != world * step:
+        raise ValueError(f"the ranks find different checkpoints in {out}: give all of them the same folder")
     about = dict(config=asdict(config), data=meta["identity"], torch=torch.__version__,
                  training=asdict(t) | shape)        # the shape as given: --isoparametric deepens it
     log_path, log = out / "log.jsonl", []
@@ -415,15 +418,16 @@ def run(held: ExitStack):
             held.enter_context(locked(out))
             if log_path.exists():
                 raise ValueError(f"another run has written {out} meanwhile: name another folder with --out")
-        for line in log_path.read_text(errors="replace").splitlines() if log_path.exists() else ():
-            try:
-                entry = json.loads(line)
-                known = math.isfinite(entry["tokens"] + entry["loss"] + entry.get("val_loss", 0))
-                log += [entry] * (known and entry["step"] <= step)
-            except Exception:               # of whatever it holds
-                say(f"{log_path}: a damaged line is left out")
-        with written_whole(log_path) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in log))
+        else:                               # a new run's log begins with its first step
+            for line in log_path.read_text(errors="replace").splitlines() if log_path.exists() else ():
+                try:
+                    entry = json.loads(line)
+                    known = math.isfinite(entry["tokens"] + entry["loss"] + entry.get("val_loss", 0))
+                    log += [entry] * (known and entry["step"] <= step)
+                except Exception:           # of whatever it holds
+                    say(f"{log_path}: a damaged line is left out")
+            with written_whole(log_path) as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in log))
 
     def finish_step(*_):                    # and then stop; Ctrl-C again stops at once
         nonlocal stop
@@ -507,7 +511,9 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")
-    except (RuntimeError, MemoryError) as error:        # of CUDA, of the CPU's allocator, of numpy
-        if not re.search("memory|overflow", repr(error), re.IGNORECASE):
+    except (RuntimeError, MemoryError) as error:        # of torch.compile, CUDA, the CPU's allocator, numpy
+        if re.search(r"C(\+\+)? compiler", str(error)):
+            sys.exit("train.py: torch.compile finds no C++ compiler: install one, or give --no-compile")
+        if not re.search("(of|enough|allocate) memory|MemoryError|overflow", repr(error)):
             raise
         sys.exit(f"train.py: out of memory ({error!r:.300}): lower --micro-batch, or take a smaller model")

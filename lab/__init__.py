@@ -14,6 +14,6 @@ def command(name: str, main):
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped")
     except (RuntimeError, MemoryError) as error:        # of CUDA, of the CPU's allocator, of numpy
-        if not re.search("memory|overflow", repr(error), re.IGNORECASE):
+        if not re.search("(of|enough|allocate) memory|MemoryError|overflow", repr(error)):
             raise
         sys.exit(f"{name}: out of memory ({error!r:.300}): take smaller sizes")

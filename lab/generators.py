@@ -3,7 +3,7 @@
     python -m lab.generators --generator additive --out out/additive    # train.py, and all of its flags
     python -m lab.generators --generator bits --out out/bits
 
-The lab's other scripts know them too; sample.py does not.
+The lab's other scripts know them too; sample.py does not. Their matrices are drawn by `initialise`.
 """
 
 import torch

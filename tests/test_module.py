@@ -1,6 +1,7 @@
 """The generator and the model as modules of other people's code: types, copies, devices, hooks, adapters."""
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -114,6 +115,19 @@ def test_alone_it_starts_as_in_a_model(embed):
     model = LanguageModel(Config(**TINY, generator=name), seed=6).embed_tokens
     alone = GENERATORS[name](97, 32, **SIZES, seed=6).state_dict()
     assert all(torch.equal(x, alone[name]) for name, x in model.state_dict().items())
+
+
+def test_what_is_no_matrix_starts_as_it_was_built(monkeypatch):
+    """In a generator of a user's own: a gain, a norm by another name, a scalar."""
+    class Own(TokenGenerator):
+        def __init__(self, *given, **settings):
+            super().__init__(*given, **settings)
+            self.gain, self.scale = (torch.nn.Parameter(torch.ones(n)) for n in (32, ()))
+            self.ln = torch.nn.LayerNorm(32)
+    monkeypatch.setitem(leviathan.GENERATORS, "v1", Own)
+    embed = LanguageModel(Config(**TINY)).embed_tokens
+    assert all((p == 1).all() for p in (embed.gain, embed.scale, embed.ln.weight))
+    assert torch.equal(embed.codebooks, TokenGenerator(97, 32, **SIZES).codebooks)
 
 
 # ---- copies, processes, devices, types -----------------------------------------------------------------
@@ -370,6 +384,13 @@ def test_loads(saved, tmp_path, twin):
     model, other = saved(Config(**TINY | twin), tmp_path), leviathan.load(tmp_path)
     assert torch.equal(other(IDS), model(IDS)) and leviathan.load(tmp_path, "meta").lm_head.weight.is_meta
     assert len([*other.parameters()]) == len([*model.parameters()])
+
+
+def test_a_device_without_room_is_no_damage(saved, tmp_path, monkeypatch):
+    saved(Config(**TINY), tmp_path)
+    monkeypatch.setattr(LanguageModel, "to", mock.Mock(side_effect=RuntimeError("CUDA out of memory")))
+    with pytest.raises(RuntimeError, match="^CUDA out of memory"):
+        leviathan.load(tmp_path)
 
 
 def test_no_code_is_run_from_a_file(tmp_path):

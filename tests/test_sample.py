@@ -1,7 +1,9 @@
 """sample.py: the cache changes nothing, draws are what was asked for, text is whole."""
 import io
+import json
 import runpy
 import sys
+from unittest import mock
 
 import pytest
 import tiktoken
@@ -10,6 +12,7 @@ import torch
 import sample
 from kill_train import ROOT
 from leviathan import Config, LanguageModel
+from prepare_pile import sealed
 from sample import KeyValues, draw, generate, stream_text
 from test_leviathan import TINY, TWINS
 
@@ -109,3 +112,12 @@ def test_what_cannot_be_is_one_line(monkeypatch, saved, tmp_path, flags, message
     path.write_text(dict(other="{}", empty="").get(flags, path.read_text()))
     with pytest.raises(SystemExit, match=rf"^sample\.py: [^\n]*{message}[^\n]*$"):
         call(monkeypatch, tmp_path, *(flags.split() if "-" in flags else []))
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_no_damage(saved, tmp_path, monkeypatch):
+    saved(Config(**TINY | dict(vocab_size=300)), tmp_path)
+    known = sealed(dict(name="gpt2", vocab_size=300))
+    (tmp_path / "step-00000002/tokenizer.json").write_text(json.dumps(known))
+    monkeypatch.setattr(tiktoken, "get_encoding", mock.Mock(side_effect=OSError("no network")))
+    with pytest.raises(ConnectionError, match="^tiktoken could not load gpt2 .*: it downloads it once"):
+        sample.read_checkpoint(tmp_path)

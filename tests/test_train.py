@@ -20,6 +20,7 @@ import filelock
 import pytest
 import torch
 
+import leviathan
 import prepare_pile
 import sample
 import train
@@ -124,6 +125,24 @@ def test_any_layout_is_the_same_run(tmp_path, tiny_data):
         assert other.keys() == expected.keys() and len(other["log"]) == 8       # no "module." before a name
         for ours, theirs in zip(expected["log"], other["log"]):
             assert ours == pytest.approx(theirs, rel=1e-10, abs=0)
+
+
+@needs_loopback
+def test_ranks_that_find_different_checkpoints_stop(tiny_data, whole, copy):
+    """As where one node's disk shows an older listing; here each rank has a folder of its own."""
+    shutil.rmtree(copy / "step-00000008")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    shutil.copytree(whole, "first")
+    processes = [subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--resume", "--data", tiny_data, "--out", out],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env=os.environ | dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                              OMP_NUM_THREADS="1")) for rank, out in enumerate(("first", copy))]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert all(f"train.py: the ranks find different checkpoints in {out}" in error
+               for error, out in zip(errors, ("first", copy)))
 
 
 @pytest.mark.parametrize("way", ["SIGINT", "SIGTERM", "SIGHUP", "pipe", "terminal"])
@@ -407,6 +426,42 @@ def test_compiled_parts_compute_the_same(monkeypatch):
     for m in (model, compiled):
         m(torch.arange(32).view(2, 16), torch.arange(32).view(2, 16)).backward()
     torch.testing.assert_close(*({n: p.grad for n, p in m.named_parameters()} for m in (model, compiled)))
+
+
+def test_frozen_parameters_are_gone_on_with(tiny_data, monkeypatch):
+    """They have no moments: a generator whose codebooks stay as they start."""
+    class Frozen(TokenGenerator):
+        def __init__(self, *given, **settings):
+            super().__init__(*given, **settings)
+            self.codebooks.requires_grad_(False)
+    monkeypatch.setitem(leviathan.GENERATORS, "v1", Frozen)
+    run("run", tiny_data, *EIGHT)
+    expected = result(Path("run"))
+    shutil.rmtree("run/step-00000008")
+    assert run("run", tiny_data, "--resume") == expected
+
+
+def test_after_a_first_step_that_fails_the_same_command_runs(tiny_data, whole, monkeypatch):
+    """Such as for want of memory, where it is told to lower --micro-batch."""
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", mock.Mock(side_effect=RuntimeError("out of memory")))
+        run("run", tiny_data, *EIGHT)
+    assert os.listdir("run") == [".lock"]
+    assert run("run", tiny_data, *EIGHT) == result(whole)
+
+
+@pytest.mark.parametrize("error, message", [
+    ("CUDA out of memory. Tried to allocate", "lower --micro-batch, or take a smaller model"),
+    ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "lower --micro-batch"),
+    ("DefaultCPUAllocator: not enough memory: you tried to allocate", "lower --micro-batch"),
+    ("Failed to find C compiler. Please specify via CC", "give --no-compile"),
+    ("InvalidCxxCompiler: No working C++ compiler found in", "give --no-compile"),
+    ("CUDA error: an illegal memory access was encountered", None)])
+def test_what_a_crash_is_called(tiny_data, monkeypatch, error, message):
+    monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, "--data", str(tiny_data), "--out", "run"])
+    monkeypatch.setattr(prepare_pile, "read_meta", mock.Mock(side_effect=RuntimeError(error)))
+    with pytest.raises(SystemExit if message else RuntimeError, match=message or error):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 def test_the_default_data_is_made_once(tiny_data, monkeypatch):
