@@ -176,6 +176,7 @@ def build(config: Config, t: Training) -> LanguageModel:
             config = replace(config, n_coords=n_coords, base=base, d_seed=d_seed)
         if t.isoparametric:
             config = replace(config, n_layers=isoparametric_depth(config))
+        torch.manual_seed(t.seed)           # for what a generator of one's own draws as it is built
         model = LanguageModel(config, seed=t.seed)
         if strange := model.load_state_dict(given, strict=False).unexpected_keys:
             raise ValueError(f"--model {config.model} has no {min(strange)}")

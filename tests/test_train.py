@@ -428,17 +428,18 @@ def test_compiled_parts_compute_the_same(monkeypatch):
     torch.testing.assert_close(*({n: p.grad for n, p in m.named_parameters()} for m in (model, compiled)))
 
 
-def test_frozen_parameters_are_gone_on_with(tiny_data, monkeypatch):
-    """They have no moments: a generator whose codebooks stay as they start."""
+def test_a_generator_of_ones_own_is_gone_on_with(tiny_data, monkeypatch):
+    """Also where codebooks are frozen, so that they have no moments, and where torch draws a bias."""
     class Frozen(TokenGenerator):
         def __init__(self, *given, **settings):
             super().__init__(*given, **settings)
             self.codebooks.requires_grad_(False)
+            self.residual_proj = torch.nn.Linear(self.d_seed, self.embedding_dim)
     monkeypatch.setitem(leviathan.GENERATORS, "v1", Frozen)
     run("run", tiny_data, *EIGHT)
     expected = result(Path("run"))
     shutil.rmtree("run/step-00000008")
-    assert run("run", tiny_data, "--resume") == expected
+    assert run("run", tiny_data, "--resume") == expected == run("again", tiny_data, *EIGHT)
 
 
 def test_after_a_first_step_that_fails_the_same_command_runs(tiny_data, whole, monkeypatch):
