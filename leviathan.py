@@ -334,7 +334,7 @@ class LanguageModel(nn.Module):
         """AdamW's groups: matrices decay; norms, codebooks and splines do not [O]."""
         groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
         for name, p in self.named_parameters():
-            groups[p.ndim < 2 or name.endswith(("codebooks", "splines"))]["params"].append(p)     # False: 0
+            groups[p.ndim < 2 or name.endswith(("codebooks", "splines"))]["params"].append(p)     # True is 1
         return groups
 
 

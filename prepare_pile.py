@@ -448,7 +448,8 @@ def prepare(files, out, encoding: tiktoken.Encoding | None = None, val_files=(),
     folder = Path(out)
     files = [path for path in map(Path, files) if folder.resolve() not in path.resolve().parents]   # its own
     sources = [*map(Path, val_files), *files]
-    empty = [next(documents(path, format, skip_bad), None) is None for path in sources]     # or unreadable
+    # what cannot be read, or holds nothing to validate on, is refused before any work
+    empty = [next(documents(path, format, skip_bad), None) is None for path in sources]
     if val_files and all(empty[:len(val_files)]):
         raise ValueError("no documents for val: name another file with --val")
     digests, first = [sha256(path) for path in sources], {}
